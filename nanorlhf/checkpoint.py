@@ -1,0 +1,152 @@
+"""Hugging Face's layout: a folder with config.json and model.safetensors; beside them state.pt.
+
+In: a dict of settings and a dict of tensors. Out: two files that transformers opens as well, each
+replaced whole or not at all, and a third with what else resuming needs.
+
+A safetensors file is 8 bytes that say how long the header is (little-endian); the header, JSON
+padded with spaces, {name: {"dtype", "shape", "data_offsets": [begin, end]}}; and the numbers,
+tensor after tensor without a gap. Unlike a pickle it cannot run code: it may come from a stranger.
+"""
+
+import json
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nanorlhf import UserError
+
+DTYPES = dict(
+    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+    I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8,
+    BOOL=torch.bool,
+)  # fmt: skip
+MAX_HEADER = 2**22  # bytes, for some 40,000 tensors: JSON, once parsed, takes many times its length
+
+
+def save(folder, config, tensors):
+    """config (a dict) -> config.json, tensors ({name: tensor}) -> model.safetensors"""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
+    save_tensors(folder / "model.safetensors", tensors)
+
+
+def load(folder):
+    """(config, tensors), as they were saved."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{folder} is no checkpoint: expected {path} ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no model's settings: expected a JSON object")
+    return config, load_tensors(path.with_name("model.safetensors"))
+
+
+def save_state(folder, state):
+    """A dict of tensors, numbers, text and dicts of these -> state.pt"""
+    with replacing(Path(folder) / "state.pt") as file:
+        torch.save(state, file)
+
+
+def load_state(folder):
+    """The dict that save_state was given, on the CPU."""
+    path = Path(folder) / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)  # refuses to run code
+    except Exception as error:  # OSError, EOFError, RuntimeError, UnpicklingError, ...
+        what = type(error).__name__
+        raise UserError(f"{path}: expected the saved state of a run, got a {what}") from None
+
+
+@contextmanager
+def replacing(path):
+    """A file to write to, which takes the place of path once it is whole: no crash halves it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may keep the new name and lose its content
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path, tensors):
+    """{name: tensor} -> a safetensors file. The widest types come first: all are aligned."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers looks for this "pt"
+    for name in names:
+        t = tensors[name]
+        begin, end = end, end + t.nbytes
+        header[name] = dict(dtype=codes[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(Path(path)) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(as_bytes(tensors[name].detach().cpu().contiguous()))
+
+
+def load_tensors(path):
+    """A safetensors file -> {name: tensor}. Its header is checked before any memory is taken."""
+    tensors = {}
+    try:
+        with open(path, "rb") as file:
+            for _, _, name, dtype, shape in read_header(file):
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                file.readinto(as_bytes(tensors[name]))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {str(error)[:200]}") from None
+    return tensors
+
+
+def as_bytes(tensor):
+    """The tensor's own memory, to write from or read into, whatever its shape and type."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def read_header(file):
+    """(begin, end, name, dtype, shape) of each tensor, if together they fill the file exactly."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    start = 8 + length  # of the numbers
+    expect(start <= size, f"a header of {length} bytes in a file of {size}")
+    expect(length <= MAX_HEADER, f"a header of {length} bytes, more than {MAX_HEADER}")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    entries = sorted(parse_entry(*item) for item in header.items())
+    position = 0
+    for begin, end, name, *_ in entries:
+        expect(begin == position, f"{name} begins at byte {begin}, expected {position}")
+        position = end
+    expect(start + position == size, f"{position} bytes of tensors, {size - start} in the file")
+    return entries
+
+
+def parse_entry(name, entry):
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    expect(entry["dtype"] in DTYPES, f"{name} has the unknown type {entry['dtype']}")
+    dtype = DTYPES[entry["dtype"]]
+    whole = all(type(n) is int for n in (*shape, begin, end))  # 10**9 * "text" is long, too
+    expect(whole, f"{name} has shape {shape} and offsets {begin}, {end}")
+    needed = math.prod(shape) * dtype.itemsize
+    expect(needed == end - begin, f"{name} needs {needed} bytes, and has {end - begin}")
+    return begin, end, name, dtype, shape
+
+
+def expect(is_so, otherwise):
+    if not is_so:
+        raise ValueError(otherwise)

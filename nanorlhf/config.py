@@ -1,0 +1,152 @@
+"""A flat dataclass becomes a command line; seed, device and precision are decided once.
+
+In: a dataclass whose fields have a default and a comment beside them, and the words of the command
+line. Out: an instance of it, and the device and number format that the run computes with.
+
+    @dataclass
+    class Config:
+        '''Teach a model to imitate.'''
+        steps: int = 200                                        # updates to make
+        device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+        data: list[str] = field(default_factory=list)           # files to read instead of our own
+
+    run(main, Config)                                           # calls main(Config(steps=..., ...))
+
+Left out on purpose: configuration files, nested groups, "None" as a value.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import random
+import sys
+import textwrap
+import tokenize
+import typing
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from nanorlhf import UserError
+
+
+def run(main, cls):
+    """Call main with what the command line says. A user's mistake ends in one line and status 2."""
+    try:
+        return main(parse(cls))
+    except UserError as error:
+        message, status = " ".join(str(error).split()), 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    # Out here the traceback is gone, and with it the frame that held a progress bar on this line.
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def parse(cls, argv=None):
+    """An instance of the dataclass cls, filled from argv (the process's own words if None)."""
+    parser = make_parser(cls)
+    words = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    values, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise UserError(unknown_word(unknown[0], parser))
+    return cls(**vars(values))
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse prints its usage and exits on a mistake; here run() says it in one line."""
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument "))
+
+
+def make_parser(cls):
+    """One flag for each field. No abbreviations: a new field would change what --s means."""
+    parser = Parser(description=inspect.getdoc(cls).splitlines()[0], allow_abbrev=False)
+    comments, hints = comments_beside_fields(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint, default = hints[field.name], field.default
+        if hint is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif hint == list[str]:
+            kind, default = dict(nargs="*"), field.default_factory()
+        elif typing.get_origin(hint) is typing.Literal:
+            kind = dict(choices=typing.get_args(hint))
+        else:
+            kind = dict(type=hint)
+        flag = parser.add_argument("--" + field.name.replace("_", "-"), default=default, **kind)
+        shown = "none" if default in ("", []) else default
+        flag.help = f"{comments[field.name]} (default: {shown})".replace("%", "%%")
+    return parser
+
+
+def comments_beside_fields(cls):
+    """{field: the comment beside it}, from the source: so --help and the source cannot disagree."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: comments.get(node.end_lineno, "") for node in fields}
+
+
+def with_dashes(word):
+    """--batch_size=4 -> --batch-size=4; what is not a flag stays as it is."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+
+
+def unknown_word(word, parser):
+    flag = word.partition("=")[0]
+    known = [name for action in parser._actions for name in action.option_strings]
+    nearest = difflib.get_close_matches(flag, known, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else "--help lists what there is"
+    return f"{flag} is not a flag of {parser.prog}: {remedy}"
+
+
+def setup(cfg):
+    """Seed everything that draws random numbers, and return the device that cfg.device names."""
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"--seed: expected a number from 0 to 2**32 - 1, got {cfg.seed}")
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA: a 10-bit mantissa, and much faster
+    return find_device(cfg.device)
+
+
+def find_device(name):
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    found = [device for device in there if there[device]]  # the best comes first
+    if name not in ("auto", *found):
+        raise UserError(f"--device: PyTorch sees {' and '.join(found)} on this machine, not {name}")
+    return torch.device(found[0] if name == "auto" else name)
+
+
+def precision(device, dtype):
+    """The number format to compute in. dtype "auto", "float32" or "bfloat16" -> torch.dtype
+
+    "auto" takes bfloat16 where the hardware multiplies it, and float32 elsewhere: emulated bfloat16
+    runs too, but slower than float32.
+    """
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    fast = dict(cuda=fast_bfloat16_cuda, cpu=fast_bfloat16_cpu).get(device.type, lambda: False)
+    return torch.bfloat16 if fast() else torch.float32
+
+
+def fast_bfloat16_cuda():
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def fast_bfloat16_cpu():
+    # Private names, which may go: then the answer is float32, which is never wrong.
+    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, ask)() for ask in asks if hasattr(torch.cpu, ask))
+
+
+def autocast(device, dtype):
+    """The context in which matrix products run in dtype, as precision() returned it."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -1,0 +1,204 @@
+"""GPT-2's architecture by hand: one trunk, two heads.
+
+    GPT        tokens (B, T) -> logits (B, T, V)     what comes next
+    ScalarGPT  tokens (B, T) -> (B, T)               how good it is so far: reward models and critics
+
+Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's weights load, and what is
+saved here opens in other libraries as GPT-2.
+"""
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanorlhf import UserError, checkpoint
+from nanorlhf.attention import attend, causal_mask
+
+
+@dataclass
+class GPTConfig:
+    """The names are those of GPT-2's config.json."""
+    vocab_size: int
+    n_positions: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0      # only while imitating or learning a reward; PPO compares exact log-probs
+
+
+class KVCache:
+    """Keys and values of every position seen so far, allocated once. k, v: L x (B, H, S, D)"""
+
+    def __init__(self, config, B, S, device, dtype):
+        shape = (B, config.n_head, S, config.n_embd // config.n_head)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.rows = torch.arange(B, device=device)[:, None]                              # (B, 1)
+
+    def update(self, layer, k, v, positions):
+        """Write k, v (B, H, T, D) at positions (B, T); -> everything cached, (B, H, S, D) twice."""
+        self.k[layer][self.rows, :, positions] = k.transpose(1, 2).to(self.k[layer].dtype)
+        self.v[layer][self.rows, :, positions] = v.transpose(1, 2).to(self.v[layer].dtype)
+        return self.k[layer], self.v[layer]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask, cache=None, positions=None):
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)           # (B, H, T, D)
+                   for y in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, positions)                             # (B, H, S, D)
+            q = q.to(k.dtype)
+        y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config, layer)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, x, mask, cache=None, positions=None):
+        x = x + self.attn(self.ln_1(x), mask, cache, positions)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The trunk that both heads share. tokens (B, T) -> hidden (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.apply(self._init)
+
+    def _init(self, module):
+        # Linear layers keep the variance of what passes through them at every width. GPT-2's own 0.02
+        # suits a width of 768; at 128 it starts so small that copying from the prompt is never learnt.
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.1)
+
+    def forward(self, tokens, cache=None, positions=None):
+        """With a cache, tokens (B, T) stand at positions (B, T) and see all that was cached before."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.wte(tokens) + self.wpe(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        if cache is None:
+            mask = causal_mask(tokens.shape[1], tokens.device)                           # (T, T)
+        else:
+            S = cache.k[0].shape[2]
+            mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]       # (B, 1, T, S)
+        for block in self.h:
+            x = block(x, mask, cache, positions)
+        return self.ln_f(x)
+
+
+class _Pretrained(nn.Module):
+    """Saving and loading, the same for both heads, in Hugging Face's GPT-2 layout."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+
+    @property
+    def device(self):
+        return self.transformer.wte.weight.device
+
+    def save(self, folder, **extra):
+        """Write config.json and model.safetensors; extra goes into config.json."""
+        config = asdict(self.config)
+        dropout = config.pop("dropout")
+        config = {"architectures": [self.architecture], "model_type": "gpt2",
+                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, **config,
+                  "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0, **extra}
+        checkpoint.save(folder, config, {name: _stored(name, w).contiguous().cpu()
+                                         for name, w in self.state_dict().items()})
+
+    @classmethod
+    def load(cls, folder):
+        """The model saved in a folder, in eval mode. Weights of a head that this class lacks are
+        left aside, and a head that the folder lacks keeps its fresh start: that is how a reward
+        model begins from a language model."""
+        config, tensors = checkpoint.load(folder)
+        try:
+            model = cls(GPTConfig(*(config[key] for key in
+                                    ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"))))
+        except KeyError as missing:
+            raise UserError(f"{Path(folder) / 'config.json'} is not a GPT-2 configuration: it has no "
+                            f"{missing}") from None
+        # Published GPT-2 files name the trunk's weights without the prefix.
+        tensors = {name if name.startswith(("transformer.", "score.")) else f"transformer.{name}":
+                   _stored(name, w) for name, w in tensors.items()}
+        for name, w in model.state_dict().items():
+            if name not in tensors and name != "score.weight":
+                raise UserError(f"{folder} holds no weight {name}; expected a GPT-2 model of "
+                                f"{config['n_layer']} layers")
+            if name in tensors and tensors[name].shape != w.shape:
+                raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, but config.json "
+                                f"asks for {tuple(w.shape)}")
+        model.load_state_dict({n: tensors[n] for n in model.state_dict() if n in tensors}, strict=False)
+        return model.eval()
+
+
+def _stored(name, weight):
+    """GPT-2 keeps the weights of its linear layers as (in, out), PyTorch as (out, in)."""
+    transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return weight.t() if transposed else weight
+
+
+class GPT(_Pretrained):
+    """A language model. tokens (B, T) -> logits (B, T, V)"""
+    architecture = "GPT2LMHeadModel"
+
+    def head(self, hidden):
+        """hidden (..., C) -> logits (..., V); the embedding matrix read backwards."""
+        return F.linear(hidden, self.transformer.wte.weight)
+
+    def forward(self, tokens):
+        return self.head(self.transformer(tokens))
+
+
+class ScalarGPT(_Pretrained):
+    """One number a position, having read everything up to it. tokens (B, T) -> (B, T)"""
+    architecture = "GPT2ForSequenceClassification"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = nn.Linear(config.n_embd, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=(config.n_embd + 1) ** -0.5)    # Stiennon et al. 2020
+
+    def save(self, folder, **extra):
+        super().save(folder, num_labels=1, **extra)
+
+    def forward(self, tokens):
+        return self.score(self.transformer(tokens)).squeeze(-1).float()

@@ -1,0 +1,181 @@
+"""PPO for language models (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022).
+
+    collect    the policy answers prompts; every token pays for its KL, the last one earns the score
+    update     a few clipped steps towards what went better than the critic expected
+    train      the two in turns
+
+In: a policy, the frozen reference it started from, a critic, a score function and prompts. Out: the
+policy, better. Functions stand in the order in which they are called.
+
+Left out on purpose: reward whitening, which made things worse for those who measured it (Huang et al.
+2024); an entropy bonus, as the KL price already keeps the policy from collapsing; top-k and top-p
+sampling, since the tokens would come from another distribution than the one that is scored.
+"""
+import math
+import time
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+
+from nanorlhf import checkpoint
+from nanorlhf.advantages import gae
+from nanorlhf.config import autocast
+from nanorlhf.generate import generate
+from nanorlhf.logprobs import (entropy, kl_k1, kl_k3, masked_mean, response_logits, response_logprobs,
+                               response_tokens, response_window, token_logprobs, whiten)
+
+
+@dataclass
+class PPOConfig:
+    """Improve a model until a reward model, or any other score, likes it better."""
+    out: str = "out/ppo"              # the run folder
+    sft: str = "out/sft"              # where the policy starts, and the reference stays
+    rm: str = "out/rm"                # the reward model; the critic starts from it
+    reward: str = "rm"                # score: rm, env (the built-in truth), or FILE.py:FUNCTION
+    data: list[str] = field(default_factory=list)  # files of prompts; none: the built-in world
+    prompts: int = 4000               # distinct prompts to train on (built-in world)
+    eval_prompts: int = 500           # held-out prompts for the win rate
+    steps: int = 100                  # rounds of collect and update
+    batch_size: int = 64              # responses a round
+    epochs: int = 2                   # passes over them
+    minibatches: int = 2              # gradient steps a pass
+    learning_rate: float = 3e-4       # of the policy, at the first step; falls to zero
+    critic_learning_rate: float = 1e-3  # of the critic, likewise
+    kl_coef: float = 0.05             # price of one nat away from the reference
+    kl_target: float = 0.0            # nats a response that the price is adapted to reach; 0: fixed price
+    gamma: float = 1.0                # discount; a response is short, so none
+    lam: float = 0.95                 # GAE: 0 trusts the critic, 1 trusts the rewards
+    clip: float = 0.2                 # how far the ratio may move a token's probability
+    value_clip: float = 0.2           # how far a value may move from the old one, in score units
+    grad_clip: float = 1.0            # longest gradient step, policy and critic each
+    temperature: float = 1.0          # of sampling, and so of every log-prob
+    max_new_tokens: int = 80          # longest response
+    no_end_penalty: float = 0.0       # taken off the score of a response that never ends
+    seed: int = 1                     # of sampling and data order
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    save_every: int = 50              # rounds between saves that --resume continues from
+    resume: bool = False              # go on from the last save
+    overwrite: bool = False           # replace a run of other settings
+
+
+@dataclass
+class Rollout:
+    """What happened, and how good it was. B responses of at most R tokens; T = P + R."""
+    tokens: torch.Tensor          # (B, T)  prompt, response, padding
+    prompt_len: torch.Tensor      # (B,)
+    mask: torch.Tensor            # (B, R)  the tokens that the policy chose, end token included
+    ended: torch.Tensor           # (B,)    did it stop by itself?
+    old_logprobs: torch.Tensor    # (B, R)  when sampled
+    ref_logprobs: torch.Tensor    # (B, R)  under the frozen reference
+    entropy: torch.Tensor         # (B, R)  of the choice each token was drawn from
+    old_values: torch.Tensor      # (B, R)  the critic's, before each token
+    scores: torch.Tensor          # (B,)    of the whole response
+    rewards: torch.Tensor         # (B, R)  after the KL price
+    advantages: torch.Tensor      # (B, R)  whitened: what the policy is pushed by
+    returns: torch.Tensor         # (B, R)  what the critic should have said
+
+    def __getitem__(self, rows):
+        """The same for some of the responses."""
+        return Rollout(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+# --- collect -------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def collect(policy, reference, critic, score, prompts, cfg, kl_coef, eos, pad):
+    """Answer each prompt (a list of token lists) and work out what every token was worth.
+
+    score: a plain function, (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,) -> Rollout
+    """
+    # 1. Respond. The models are in eval mode throughout: dropout would change the log-probs.
+    tokens, prompt_len, mask = generate(policy, prompts, cfg.max_new_tokens, cfg.temperature, eos, pad)
+    R = mask.shape[1]
+    chosen = response_tokens(tokens, prompt_len, R)                                          # (B, R)
+    ended = ((chosen == eos) & mask).any(1)                                                  # (B,)
+
+    # 2. Measure. Old log-probs come from the same forward pass as the update's, not from the
+    #    sampler's step by step one, so that the ratio starts at exactly 1.
+    with autocast(policy.device, cfg.dtype):
+        logits = response_logits(policy, tokens, prompt_len, R)
+        old_logprobs = token_logprobs(logits, chosen, cfg.temperature)
+        choices = entropy(logits, cfg.temperature)
+        ref_logprobs = response_logprobs(reference, tokens, prompt_len, R, cfg.temperature)
+        old_values = response_window(critic(tokens), prompt_len, R)
+        scores = score(tokens, prompt_len, mask)
+
+    # 3. Reward: the score on the last token, and on every token the price of its KL.
+    kl = kl_k1(old_logprobs, ref_logprobs)
+    rewards = shape_rewards(scores - cfg.no_end_penalty * ~ended, kl, mask, kl_coef)
+
+    # 4. Compare with what the critic expected. Returns are taken before whitening, which would put
+    #    the critic's targets on another scale than its values.
+    advantages = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
+    returns = advantages + old_values
+    return Rollout(tokens, prompt_len, mask, ended, old_logprobs, ref_logprobs, choices, old_values,
+                   scores, rewards, whiten(advantages, mask), returns)
+
+
+def shape_rewards(scores, kl, mask, kl_coef):
+    """Every token pays for its KL; the last token also earns the score (Ziegler et al. 2019, eq. 2).
+
+    scores (B,), kl (B, R), mask (B, R) -> rewards (B, R)
+    """
+    rewards = -kl_coef * kl * mask
+    last = mask.sum(1) - 1                                     # (B,) the end token, or where it was cut off
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards
+
+
+# --- update --------------------------------------------------------------------------------------
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated so that we minimise it.
+
+    The minimum takes the clipped term only where it is the worse one: a token that has already moved
+    far enough in its good direction gets no further push. All (B, R) -> scalar
+    """
+    ratio = (logprobs - old_logprobs).exp()                                    # 1 on the first pass
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return -masked_mean(surrogate, mask)
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """Half the squared error, the larger of it with and without the value held near the old one.
+
+    All (B, R) -> scalar
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def update(policy, critic, optimizers, rollout, cfg):
+    """A few epochs of minibatches over one rollout. -> metrics, averaged over the minibatches"""
+    metrics, count = {}, 0
+    for epoch in range(cfg.epochs):
+        for rows in torch.randperm(len(rollout.tokens), device=policy.device).chunk(cfg.minibatches):
+            batch = rollout[rows]
+            R = batch.mask.shape[1]
+            with autocast(policy.device, cfg.dtype):
+                logprobs = response_logprobs(policy, batch.tokens, batch.prompt_len, R, cfg.temperature)
+                values = response_window(critic(batch.tokens), batch.prompt_len, R)
+            check_first_ratio(logprobs, batch, cfg) if count == 0 else None
+            losses = (policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, cfg.clip),
+                      value_loss(values, batch.old_values, batch.returns, batch.mask, cfg.value_clip))
+            norms = [step(model, optimizer, loss, cfg.grad_clip)
+                     for model, optimizer, loss in zip((policy, critic), optimizers, losses)]
+
+            count += 1
+            for name, x in diagnose(logprobs.detach(), batch, cfg.clip, losses, norms).items():
+                metrics[name] = metrics.get(name, 0) + x
+    return {name: (total / count).item() for name, total in metrics.items()}
+
+
+def step(model, optimizer, loss, grad_clip):
+    """One gradient step. -> the gradient's norm before clipping"""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    return norm

@@ -1,0 +1,202 @@
+"""A run's diary: settings.json, log.jsonl with one object a step, summary.json, samples.md.
+
+In: numbers, by name. Out: one line on the screen and one line in a file, and a folder that guards
+itself: it never mixes two runs, and never gives way to other settings unless it is told to.
+
+    open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
+    log = RunLog(cfg.out, columns=("score", "kl"))
+    for step in log.steps(0, cfg.steps):
+        log.write(step, score=0.9, kl=3.2, clip_fraction=0.1)
+    log.finish(steps=cfg.steps, score=0.9)
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanorlhf import UserError
+
+NOT_SETTINGS = ("out", "device", "resume", "overwrite")  # how to run, not what is run
+
+
+def open_run(folder, cfg, resume=False, overwrite=False):
+    """Make the folder ready for a run with these settings, or say why it is not.
+
+    The same settings again replace the run, so that a command can be repeated as it is.
+    """
+    folder = Path(folder)
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
+    if resume:
+        check_resumable(folder, settings)
+    else:
+        check_replaceable(folder, settings, overwrite)
+        for name in ("log.jsonl", "summary.json", "state.pt"):  # or --resume would take them up
+            (folder / name).unlink(missing_ok=True)
+    write_whole(folder / "settings.json", settings)
+
+
+def check_resumable(folder, settings):
+    if not (folder / "state.pt").exists():
+        raise UserError(f"--resume: expected a saved state in {folder}, and state.pt is not there")
+    old = read_settings(folder)
+    changed = differences(old, settings)
+    if settings.get("steps", 0) > old.get("steps", 0):  # to go further is why one resumes
+        changed.pop("steps", None)
+    if changed:
+        raise UserError(
+            f"--resume: {folder} was run with other settings ({'; '.join(changed.values())}); "
+            "give the same ones, or start again in another --out"
+        )
+
+
+def check_replaceable(folder, settings, overwrite):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from None
+    changed = {} if is_empty else differences(read_settings(folder), settings)
+    if changed and not overwrite:
+        raise UserError(
+            f"{folder} holds a run with other settings ({'; '.join(changed.values())}); "
+            "choose another --out, or replace it with --overwrite"
+        )
+
+
+def read_settings(folder):
+    try:
+        return dict(json.loads((folder / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"--out: {folder} holds files but no run (no settings.json that can be read), "
+            "so nothing in it is touched; choose another --out"
+        ) from None
+
+
+def differences(old, new):
+    """{name: a phrase} for each setting that differs."""
+    names = [name for name in {**old, **new} if old.get(name, ...) != new.get(name, ...)]
+    return {k: f"{k} {old.get(k, 'unset')} there, {new.get(k, 'unset')} here" for k in names}
+
+
+def write_whole(path, content):
+    """The whole text or none of it: a crash in the middle leaves the old file."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """All metrics to log.jsonl at every step, some to the screen now and then.
+
+    every: steps from one line on the screen to the next; columns: the metrics it shows (none: all)
+    """
+
+    def __init__(self, folder=None, every=10, columns=()):
+        self.folder = Path(folder) if folder else None
+        self.every, self.columns = every, columns
+        self.ends, self.bar = set(), None
+        self.began = time.perf_counter()
+
+    def steps(self, start, stop):
+        """start ... stop - 1, with a progress bar where someone is watching."""
+        if self.folder:
+            # A run that died after its last save has logged the steps that it now makes again.
+            rows = read(self.folder) if start > 0 else []
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] < start]
+            write_whole(self.folder / "log.jsonl", "".join(kept))
+        self.ends = {start, stop - 1}
+        with tqdm(total=stop, initial=start, disable=None, leave=False) as self.bar:
+            for step in range(start, stop):
+                yield step
+                self.bar.update()
+
+    def write(self, step, **metrics):
+        metrics = {name: rounded(name, x, f"at step {step}") for name, x in metrics.items()}
+        if self.folder:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(dict(step=step, **metrics)) + "\n")
+        line = "  ".join(f"{k} {cell(metrics.get(k)):>8}" for k in self.columns or metrics)
+        if self.bar is not None:
+            self.bar.set_postfix_str(line, refresh=False)
+        if step % self.every == 0 or step in self.ends:
+            tqdm.write(f"step {step:>5}  {line}")
+            sys.stdout.flush()  # whoever watches through a pipe would wait for pages of it
+
+    def finish(self, **summary):
+        """Write summary.json: what is given, and the seconds since this RunLog was made."""
+        summary["seconds"] = time.perf_counter() - self.began
+        summary = {name: rounded(name, x, "in the summary") for name, x in summary.items()}
+        if self.folder:
+            write_whole(self.folder / "summary.json", summary)
+        return summary
+
+
+def rounded(name, value, where):
+    """Six digits are enough to read. NaN stops the run: every number after it would be NaN too."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        raise UserError(f"{name} is {value} {where}: a lower --learning-rate is the usual cure")
+    return float(f"{value:.6g}")
+
+
+def cell(value):
+    """Three digits in at most eight characters, so that the columns stand still."""
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".replace("e-0", "e-")
+
+
+def read(folder):
+    """log.jsonl as a list of dicts. What follows the last newline was cut by a crash: left out."""
+    path = Path(folder) / "log.jsonl"
+    try:
+        lines = path.read_text().split("\n")[:-1]
+    except (OSError, ValueError):
+        raise UserError(f"expected the log of a run, {path}, and cannot read one") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}:{number}: expected JSON, got {line[:40]!r}") from None
+    return rows
+
+
+def samples(folder, before, after, titles=("before", "after")):
+    """Print the responses before and after, and keep them in samples.md.
+
+    before, after: lists of (prompt, response), both for the same prompts.
+    """
+    titles = ("prompt", *titles)
+    width = max(map(len, titles)) + 2
+    page = ["# Samples\n"]
+    for number, ((prompt, old), (_, new)) in enumerate(zip(before, after, strict=True), 1):
+        page.append(f"## {number}\n")
+        for title, text in zip(titles, (prompt, old, new), strict=True):
+            text = visible(text) or "(nothing)"
+            page.append(f"**{title}**\n\n{fenced(text)}\n")
+            print(f"{title:{width}}" + text.replace("\n", "\n" + " " * width))
+        print()
+    write_whole(Path(folder) / "samples.md", "\n".join(page))
+
+
+def visible(text):
+    """Control characters, which an untrained model is fond of, scramble a page and a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def fenced(text):
+    """A Markdown code block: nothing in it is markup, as its fence is longer than any inside."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`*", text))))
+    return f"{fence}text\n{text}\n{fence}"

@@ -1,0 +1,106 @@
+"""Imitate: cross-entropy on the response, the end token included (Ouyang et al. 2022, section 3.5).
+
+A record that is plain text has no prompt, so every one of its tokens is trained on: pretraining is
+this same file. In: a GPT and rows (tokens, prompt_len). Out: the GPT, better.
+"""
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from nanorlhf import checkpoint
+from nanorlhf.config import autocast
+from nanorlhf.data import collate, endless
+from nanorlhf.logprobs import masked_mean, response_logprobs
+
+
+@dataclass
+class SFTConfig:
+    """Teach a GPT to imitate demonstrations, or pretrain it on plain text."""
+    out: str = "out/sft"              # the run folder
+    data: list[str] = field(default_factory=list)  # files of records; none: the built-in world
+    demos: int = 24000                # demonstrations that the built-in authors write
+    tokenizer: str = "builtin"        # builtin (learned from the data), gpt2, or a run folder
+    init: str = "scratch"             # scratch, or the run folder to start from
+    vocab_size: int = 1024            # of a tokenizer that is learned
+    n_layer: int = 4                  # size of a model from scratch
+    n_head: int = 4                   # attention heads
+    n_embd: int = 128                 # channels
+    block_size: int = 160             # longest sequence, in tokens
+    dropout: float = 0.0              # worth having where data is scarce; the built-in world has plenty
+    steps: int = 1500                 # updates
+    batch_size: int = 16              # sequences an update; many small steps beat few large ones
+    learning_rate: float = 2e-3       # peak, after the warm-up
+    warmup: int = 100                 # steps of linear warm-up; a cosine to a tenth follows
+    weight_decay: float = 0.01        # on matrices; biases and LayerNorms go free
+    grad_clip: float = 1.0            # longest gradient step
+    seed: int = 1                     # of weights, data order and built-in authors
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    save_every: int = 500             # steps between saves that --resume continues from
+    resume: bool = False              # go on from the last save
+    overwrite: bool = False           # replace a run of other settings
+
+
+def loss(model, tokens, prompt_len, mask):
+    """Mean cross-entropy of the response tokens, in nats. tokens (B, T), mask (B, R) -> scalar"""
+    return -masked_mean(response_logprobs(model, tokens, prompt_len, mask.shape[1]), mask)
+
+
+def learning_rate(step, cfg):
+    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    if step < cfg.warmup:
+        return cfg.learning_rate * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model, cfg):
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.weight_decay),
+                              dict(params=others, weight_decay=0.0)],
+                             lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+@torch.no_grad()
+def held_out_loss(model, rows, pad, cfg):
+    """Cross-entropy over held-out rows, each token counted once. -> nats a token"""
+    total = count = 0
+    for i in range(0, len(rows), 4 * cfg.batch_size):
+        tokens, prompt_len, mask = collate(rows[i:i + 4 * cfg.batch_size], pad, model.device)
+        with autocast(model.device, cfg.dtype):
+            total += loss(model, tokens, prompt_len, mask).item() * mask.sum().item()
+        count += mask.sum().item()
+    return total / count
+
+
+def train(model, rows, held_out, pad, cfg, log):
+    """rows, held_out: lists of (tokens, prompt_len), as data.encode makes them. -> summary dict"""
+    optimizer, start, seen = make_optimizer(model, cfg), 0, 0
+    if cfg.resume:
+        start, seen = checkpoint.resume(cfg.out, model=model, optimizer=optimizer)
+    batches = endless(rows, cfg.batch_size, cfg.seed, start)
+
+    for step in log.steps(start, cfg.steps):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        tokens, prompt_len, mask = collate([rows[i] for i in next(batches)], pad, model.device)
+        with autocast(model.device, cfg.dtype):
+            value = loss(model, tokens, prompt_len, mask)
+        optimizer.zero_grad()
+        value.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+
+        seen += mask.sum().item()
+        metrics = dict(loss=value.item(), lr=learning_rate(step, cfg), grad_norm=grad_norm.item())
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            model.eval()
+            metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg)
+        log.write(step, **metrics)
+    model.eval()
+    final = held_out_loss(model, held_out, pad, cfg)
+    return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=seen)

@@ -1,0 +1,26 @@
+"""Real data lives outside the repository; tests that want it skip where there is none."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    folder = os.environ.get("NANORLHF_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("NANORLHF_DATA names no folder of real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2_cache(real_data, tmp_path_factory):
+    """A copy: tiktoken deletes what fails its check, and then goes to the network."""
+    cache = tmp_path_factory.mktemp("tiktoken")
+    for file in (real_data / "tokenizer" / "tiktoken_cache").iterdir():
+        shutil.copyfile(file, cache / file.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        yield cache

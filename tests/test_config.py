@@ -1,0 +1,199 @@
+"""A dataclass is the command line: its fields are the flags, its comments are the help."""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from nanorlhf import UserError, config
+from nanorlhf.config import autocast, find_device, parse, precision, run, setup
+
+
+@dataclass
+class Config:
+    """Teach a model to be kind.
+
+    This paragraph is for readers of the source.
+    """
+
+    steps: int = 200  # updates to make
+    learning_rate: float = 3e-4  # AdamW's; decays to 10 % of it
+    out: str = "out/sft"  # folder to write; "#" in a name is fine
+    sft: str = ""  # checkpoint to start from
+    data: list[str] = field(default_factory=list)  # files to read
+    parts: list[str] = field(default_factory=lambda: ["a", "b"])  # of the score
+    compile: bool = True  # fuse the model
+    resume: bool = False  # go on from the last saved state
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    seed: int = 0  # of everything random
+
+
+def test_no_words_give_the_defaults():
+    assert parse(Config, []) == Config(steps=200, parts=["a", "b"])
+
+
+def test_every_type_of_field_is_a_flag():
+    words = "--steps 3 --learning-rate 1e-3 --out=a_b --data x.jsonl y.gz --no-compile --resume"
+    assert parse(Config, words.split() + ["--device", "cpu"]) == Config(
+        steps=3, learning_rate=1e-3, out="a_b", data=["x.jsonl", "y.gz"], compile=False,
+        resume=True, device="cpu",
+    )  # fmt: skip
+
+
+def test_underscores_are_accepted_in_flags_and_kept_in_values():
+    assert parse(Config, ["--learning_rate=1", "--sft=my_run"]) == Config(
+        learning_rate=1.0, sft="my_run"
+    )
+
+
+def test_two_runs_do_not_share_a_list():
+    parse(Config, []).data.append("x")
+    assert parse(Config, []).data == []
+
+
+def test_help_is_the_comment_beside_the_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "Teach a model to be kind." in text and "readers of the source" not in text
+    assert "AdamW's; decays to 10 % of it (default: 0.0003)" in text
+    assert 'folder to write; "#" in a name is fine (default: out/sft)' in text
+    assert "checkpoint to start from (default: none)" in text
+    assert "--compile, --no-compile fuse the model (default: True)" in text
+    assert text.count("default: True") == 1
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ("--steps ten", ["--steps: ", "int", "'ten'"]),
+        ("--device tpu", ["--device", "'tpu'", "auto", "cpu", "cuda", "mps"]),
+        ("--stepz 3", ["--stepz", "did you mean --steps?"]),
+        ("--learning_rat=3", ["--learning-rat ", "did you mean --learning-rate?"]),
+        ("--xyzzy", ["--xyzzy", "--help"]),
+        ("--step 3", ["--step ", "did you mean --steps?"]),  # no abbreviations
+        ("stray", ["stray"]),
+        ("--steps", ["--steps", "expected one argument"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_flag(words, parts):
+    with pytest.raises(UserError) as mistake:
+        parse(Config, words.split())
+    sentence = str(mistake.value)
+    assert sentence.startswith(parts[0]) and all(part in sentence for part in parts)
+    assert "\n" not in sentence
+
+
+def test_a_users_mistake_ends_in_one_line_and_status_2(monkeypatch, capsys):
+    def main(cfg):
+        raise UserError(f"no model\nin {cfg.out}")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(main, Config)
+    assert (stop.value.code, capsys.readouterr().err) == (2, "no model in out/sft\n")
+
+
+def test_control_c_ends_in_one_line_and_status_130(monkeypatch, capsys):
+    def main(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run(main, Config)
+    assert (stop.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(ZeroDivisionError):
+        run(lambda cfg: 1 / 0, Config)
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_setup_seeds_every_source_of_random_numbers():
+    setup(Config(seed=1, device="cpu"))
+    first = draw()
+    setup(Config(seed=1, device="cpu"))
+    assert draw() == first
+    setup(Config(seed=2, device="cpu"))
+    assert not set(draw()) & set(first)
+
+
+def test_a_seed_that_numpy_cannot_take_is_refused():
+    with pytest.raises(UserError, match="got -1"):
+        setup(Config(seed=-1))
+
+
+def test_auto_takes_cuda_then_mps_then_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert find_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert find_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_device("auto") == torch.device("cuda")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="cpu.*not cuda"):
+        find_device("cuda")
+
+
+def test_precision_is_bfloat16_only_where_the_hardware_has_it(monkeypatch):
+    cpu = torch.device("cpu")
+    assert precision(cpu, "bfloat16") == torch.bfloat16  # asked for by name: given
+    assert precision(cpu, "float32") == torch.float32
+    monkeypatch.setattr(config, "fast_bfloat16_cpu", lambda: True)
+    assert precision(cpu, "auto") == torch.bfloat16
+    monkeypatch.setattr(config, "fast_bfloat16_cpu", lambda: False)
+    assert precision(cpu, "auto") == torch.float32
+    assert precision(torch.device("mps"), "auto") == torch.float32
+
+
+def test_a_torch_without_the_private_names_computes_in_float32(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert precision(torch.device("cpu"), "auto") == torch.float32
+
+
+def test_autocast_changes_matrix_products_and_only_when_asked():
+    a = torch.ones(2, 2)
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+    with autocast(torch.device("cpu"), torch.float32):
+        assert (a @ a).dtype == torch.float32
+
+
+def test_a_wrong_flag_in_a_real_process_prints_one_line_and_no_traceback(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from dataclasses import dataclass\n"
+        "from nanorlhf.config import run\n"
+        "@dataclass\n"
+        "class Config:\n"
+        "    '''Train.'''\n"
+        "    steps: int = 1  # updates\n"
+        "run(print, Config)\n"
+    )
+    root = Path(config.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, script, "--stepz"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    expected = "--stepz is not a flag of train.py: did you mean --steps?\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
