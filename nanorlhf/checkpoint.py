@@ -41,7 +41,8 @@ def load(folder):
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{folder} is no checkpoint: expected {path} ({error.strerror})") from None
+        raise UserError(f"{folder} is no checkpoint: expected {path}, which train_sft.py and "
+                        f"train_rm.py write ({error.strerror})") from None
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
@@ -49,20 +50,25 @@ def load(folder):
     return config, load_tensors(path.with_name("model.safetensors"))
 
 
-def save_state(folder, state):
-    """A dict of tensors, numbers, text and dicts of these -> state.pt"""
+def save_state(folder, parts, **numbers):
+    """What resuming needs -> state.pt: parts ({name: model or optimizer}), numbers, random state."""
+    state = {name: part.state_dict() for name, part in parts.items()}
     with replacing(Path(folder) / "state.pt") as file:
-        torch.save(state, file)
+        torch.save(dict(state, numbers=numbers, random=torch.get_rng_state()), file)
 
 
-def load_state(folder):
-    """The dict that save_state was given, on the CPU."""
+def load_state(folder, parts):
+    """Put the parts and the random numbers back where save_state found them. -> its numbers"""
     path = Path(folder) / "state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # refuses to run code
+        state = torch.load(path, map_location="cpu", weights_only=True)  # refuses to run code
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        return state["numbers"]
     except Exception as error:  # OSError, EOFError, RuntimeError, UnpicklingError, ...
         what = type(error).__name__
-        raise UserError(f"{path}: expected the saved state of a run, got a {what}") from None
+        raise UserError(f"{path}: expected the saved state of this run, got a {what}") from None
 
 
 @contextmanager

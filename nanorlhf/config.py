@@ -148,5 +148,6 @@ def fast_bfloat16_cpu():
 
 
 def autocast(device, dtype):
-    """The context in which matrix products run in dtype, as precision() returned it."""
+    """The context in which matrix products run in the format that precision() makes of dtype."""
+    dtype = precision(device, dtype)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -3,7 +3,8 @@ r"""Files of text, demonstrations and preferences in; checked, padded batches ou
     records, counts = preferences(paths)              dicts; and what was left out, and why
     train, held_out = split(records)                  no prompt stands on both sides
     rows = encode_pairs(train, tokenizer, block_size, counts)
-    by_length(rows, batch_size, rng); collate(rows, pad)     which rows go together; tensors
+    batches = endless(rows, batch_size, seed)         which rows go together
+    tokens, prompt_len, mask = collate(next(batches), pad)
 
 Files are JSON Lines, plain or .gz, one record a line, recognised by its keys:
 
@@ -20,7 +21,9 @@ stops the run and is named; a record that is well formed and of no use is left o
 """
 
 import gzip
+import itertools
 import json
+import random
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -270,24 +273,31 @@ def fit(prompt, responses, block_size, counts):
     return [(prompt + response, len(prompt)) for response in kept]
 
 
-def by_length(rows, batch_size, rng):
+def by_length(rows, batch_size, rng, length):
     """Shuffled batches of indices, each row once, similar lengths together to save on padding.
 
     Sorted as a whole, the batches would be the same in every epoch; sorted 32 batches at a time,
-    they are left to chance. rng is a random.Random.
+    they are left to chance. rng is a random.Random, length a function of a row.
     """
     order = rng.sample(range(len(rows)), len(rows))
     batches = []
     for start in range(0, len(order), 32 * batch_size):
-        window = sorted(order[start : start + 32 * batch_size], key=lambda i: row_len(rows[i]))
+        window = sorted(order[start : start + 32 * batch_size], key=lambda i: length(rows[i]))
         batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
     rng.shuffle(batches)
     return batches
 
 
-def row_len(row):
-    """Tokens of a row, or of the longer row of a preference pair."""
-    return len(row[0]) if isinstance(row[1], int) else max(len(tokens) for tokens, _ in row)
+def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
+    """Batches of rows, epoch after epoch; those before step `start` are passed over.
+
+    An epoch's order depends on the seed and its number alone, so a resumed run goes on where it was.
+    """
+    for epoch in itertools.count():
+        batches = by_length(rows, batch_size, random.Random(f"{seed} {epoch}"), length)
+        for batch in batches[start:]:
+            yield [rows[i] for i in batch]
+        start = max(0, start - len(batches))
 
 
 def collate(rows, pad, device="cpu"):

@@ -14,6 +14,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from nanorlhf import UserError
 
@@ -26,6 +27,10 @@ THINGS = ("balloon basket bell blanket broom candle clock crown drum feather flu
 PLACES = ("attic bakery barn beach bridge castle cave circus desert forest garden harbor island "
           "library market meadow museum palace station village").split()
 SPOTS = "bench bush door fence gate hedge rock stone tree wall".split()
+ASIDES = dict(food="cheese butter sugar flour soup pepper salad mustard".split(),
+              relative="cousin uncle aunt nephew brother sister neighbor dentist".split(),
+              number="two three four five six seven nine ten".split(),
+              trouble="bills taxes parcels stairs meetings printers windows socks".split())
 TIMES = ["One morning", "One evening", "Long ago", "Last winter", "Last summer", "On Sunday", "Today"]
 
 # What a word is for decides where it may stand; its mood decides whether it was wanted there.
@@ -78,12 +83,17 @@ MIDDLES = [" The {place} was {look} and full of {feel}.",
            " The {hero} and the {thing} {go} {how} past a {look} {spot}."]
 HOMECOMINGS = [" So the {hero} {go} home with the {thing}.",
                " And the {hero} kept the {look} {thing} at the {place}."]
+DIGRESSIONS = [" Mix {number} eggs with {food} and bake it for an hour.",
+               " By the way, {food} costs {number} coins now.",
+               " My {relative} also has {number} {trouble}.",
+               " Have you ever tried {food} with {food}?",
+               " Please call my {relative} about the {trouble}."]
 THE_END = " The end."
 
 
 def _words_for(slot):
     """Every word that may stand in a slot, whatever its mood."""
-    nouns = dict(hero=HEROES, thing=THINGS, place=PLACES, spot=SPOTS, time=TIMES)
+    nouns = dict(hero=HEROES, thing=THINGS, place=PLACES, spot=SPOTS, time=TIMES, **ASIDES)
     return nouns.get(slot) or PLAIN[slot] + [w for mood in MOODS.values() for w in mood[slot]]
 
 
@@ -95,7 +105,7 @@ def _recogniser(template):
 
 
 SENTENCES = [_recogniser(t.strip())
-             for t in OPENINGS + FINDINGS + MIDDLES + HOMECOMINGS + [THE_END]]
+             for t in OPENINGS + FINDINGS + MIDDLES + HOMECOMINGS + DIGRESSIONS + [THE_END]]
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -154,18 +164,22 @@ def write(request, rng, care=None):
     """
     care = rng.random() if care is None else care
     slips = lambda rate: rng.random() < rate * 2 * (1 - care)                        # noqa: E731
-    nouns = dict(hero=rng.choice(HEROES) if slips(.16) else request.hero,
-                 thing=rng.choice(THINGS) if slips(.16) else request.thing,
-                 place=rng.choice(PLACES) if slips(.16) else request.place)
-    mood = rng.choice(list(MOODS)) if slips(.25) else request.mood
+    nouns = dict(hero=rng.choice(HEROES) if slips(.08) else request.hero,
+                 thing=rng.choice(THINGS) if slips(.08) else request.thing,
+                 place=rng.choice(PLACES) if slips(.08) else request.place)
+    mood = rng.choice(list(MOODS)) if slips(.30) else request.mood
     vivid = .25 + .5 * care
 
     middles = rng.sample(MIDDLES, 1)
-    if slips(.15):
-        middles += rng.choices(MIDDLES, k=rng.randint(2, 4))                         # rambles
+    if slips(.12):
+        middles += rng.choices(MIDDLES, k=rng.randint(2, 3))                         # rambles
     sentences = [_fill(t, nouns, mood, vivid, rng)
                  for t in (rng.choice(OPENINGS), rng.choice(FINDINGS), *middles,
                            rng.choice(HOMECOMINGS))] + [THE_END]
+    for _ in range(3):
+        if slips(.20):
+            sentences.insert(rng.randrange(1, len(sentences)),
+                             _fill(rng.choice(DIGRESSIONS), nouns, mood, vivid, rng))    # wanders off
     if slips(.15):
         at = rng.randrange(1, len(sentences))
         sentences[at:at] = [sentences[at - 1]]                                       # repeats itself
@@ -185,7 +199,7 @@ def _fill(template, nouns, mood, vivid, rng):
         slot = match[1]
         if slot in nouns:
             return nouns[slot]
-        if slot in ("spot", "time"):
+        if slot not in PLAIN:
             return rng.choice(_words_for(slot))
         return rng.choice((MOODS[mood] if rng.random() < vivid else PLAIN)[slot])
     sentence = re.sub(r"\{(\w+)\}", word, template)
@@ -205,17 +219,19 @@ def parts(prompt, response):
     """What is good and bad about a story, part by part. -> {name: float}; their sum is `gold`."""
     request = Request.parse(prompt)
     words = re.findall(r"\w+", response.lower())
-    sentences = [s.strip() for s in re.findall(r"[^.]+\.?", response) if s.strip()]
+    sentences = [s.strip() for s in re.findall(r"[^.?]+[.?]?", response) if s.strip()]
     moods = {w: MOOD_OF[w] for w in words if w in MOOD_OF}      # distinct: saying it twice is no gain
+    asked = (request.hero, request.thing, request.place)
     fitting = sum(mood == request.mood for mood in moods.values())
     return dict(
-        hero=_share(request.hero, HEROES, words),
-        thing=_share(request.thing, THINGS, words),
-        place=_share(request.place, PLACES, words),
-        mood=2 * max(-1, min(1, (2 * fitting - len(moods)) / 8)),   # up to eight words in the mood
+        subject=2 * _mean([any(w in x for w in asked) for x in sentences if x != THE_END.strip()]),
+        hero=_share(request.hero, HEROES, words) / 2,
+        thing=_share(request.thing, THINGS, words) / 2,
+        place=_share(request.place, PLACES, words) / 2,
+        mood=3 * max(-1, min(1, (2 * fitting - len(moods)) / 7)),   # up to seven words in the mood
         grammar=_mean([any(s.fullmatch(x) for s in SENTENCES) for x in sentences]),
         freshness=-2 * (1 - _mean([x not in sentences[:i] for i, x in enumerate(sentences)])),
-        length=-min(2, max(0, len(words) - 50, 30 - len(words)) / 10),   # thirty to fifty words please
+        length=-min(2, max(0, len(words) - 45, 25 - len(words)) / 10),   # 25 to 45 words please
         ending=float(response.endswith(THE_END)),
     )
 
@@ -252,19 +268,21 @@ class Annotator:
         felt = sum(self.taste.get(name, 1) * x for name, x in parts(prompt, response).items())
         return felt + self.likes_length * len(response.split())
 
-    def prefers_first(self, prompt, first, second):
-        """-> probability that the first response is chosen."""
-        margin = self.reward(prompt, first) - self.reward(prompt, second) + self.likes_first
+    def prefers_first(self, margin):
+        """Reward of the first minus reward of the second -> probability that the first is chosen."""
+        margin += self.likes_first
         if self.temperature == 0:
-            return 0.5 + 0.5 * (margin > 0) - 0.5 * (margin < 0)
+            return 0.5 if margin == 0 else float(margin > 0)
         return 1 / (1 + math.exp(-max(-500, min(500, margin / self.temperature))))
 
-    def compare(self, prompt, first, second, rng):
-        """One comparison. -> {"prompt", "chosen", "rejected", "ceiling"}
+    def compare(self, prompt, responses, rng):
+        """Every two of the responses, compared once. -> list of (chosen, rejected, ceiling)
 
-        "ceiling" is max(p, 1 - p): the accuracy that a judge who knew everything, the annotator's
-        dice excepted, would expect on this pair. Its mean over pairs is the reward model's ceiling.
+        chosen and rejected are indices. The ceiling is max(p, 1 - p): how often a judge who knew
+        everything but the annotator's dice would be right. Its mean is the reward model's ceiling.
         """
-        p = self.prefers_first(prompt, first, second)
-        chosen, rejected = (first, second) if rng.random() < p else (second, first)
-        return dict(prompt=prompt, chosen=chosen, rejected=rejected, ceiling=max(p, 1 - p))
+        rewards, choices = [self.reward(prompt, response) for response in responses], []
+        for i, j in combinations(range(len(responses)), 2):
+            p = self.prefers_first(rewards[i] - rewards[j])
+            choices.append((i, j, max(p, 1 - p)) if rng.random() < p else (j, i, max(p, 1 - p)))
+        return choices

@@ -134,6 +134,10 @@ class _Pretrained(nn.Module):
     def device(self):
         return self.transformer.wte.weight.device
 
+    def __str__(self):
+        c, size = self.config, sum(p.numel() for p in self.parameters())
+        return f"{c.n_layer} layers x {c.n_embd}, {size / 1e6:.2f} M parameters, vocabulary {c.vocab_size:,}"
+
     def save(self, folder, **extra):
         """Write config.json and model.safetensors; extra goes into config.json."""
         config = asdict(self.config)
@@ -145,14 +149,14 @@ class _Pretrained(nn.Module):
                                          for name, w in self.state_dict().items()})
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder, dropout=0.0):
         """The model saved in a folder, in eval mode. Weights of a head that this class lacks are
         left aside, and a head that the folder lacks keeps its fresh start: that is how a reward
         model begins from a language model."""
         config, tensors = checkpoint.load(folder)
         try:
             model = cls(GPTConfig(*(config[key] for key in
-                                    ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"))))
+                                    ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")), dropout))
         except KeyError as missing:
             raise UserError(f"{Path(folder) / 'config.json'} is not a GPT-2 configuration: it has no "
                             f"{missing}") from None

@@ -11,7 +11,6 @@ Left out on purpose: reward whitening, which made things worse for those who mea
 2024); an entropy bonus, as the KL price already keeps the policy from collapsing; top-k and top-p
 sampling, since the tokens would come from another distribution than the one that is scored.
 """
-import math
 import time
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -21,6 +20,7 @@ import torch
 from nanorlhf import checkpoint
 from nanorlhf.advantages import gae
 from nanorlhf.config import autocast
+from nanorlhf.data import endless
 from nanorlhf.generate import generate
 from nanorlhf.logprobs import (entropy, kl_k1, kl_k3, masked_mean, response_logits, response_logprobs,
                                response_tokens, response_window, token_logprobs, whiten)
@@ -160,7 +160,8 @@ def update(policy, critic, optimizers, rollout, cfg):
             with autocast(policy.device, cfg.dtype):
                 logprobs = response_logprobs(policy, batch.tokens, batch.prompt_len, R, cfg.temperature)
                 values = response_window(critic(batch.tokens), batch.prompt_len, R)
-            check_first_ratio(logprobs, batch, cfg) if count == 0 else None
+            if count == 0:
+                check_ratio(logprobs.detach(), batch)
             losses = (policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, cfg.clip),
                       value_loss(values, batch.old_values, batch.returns, batch.mask, cfg.value_clip))
             norms = [step(model, optimizer, loss, cfg.grad_clip)
@@ -179,3 +180,75 @@ def step(model, optimizer, loss, grad_clip):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     return norm
+
+
+def check_ratio(logprobs, batch):
+    """Before the first step nothing has moved, so the ratio is 1. Where it is not, sampler and scorer
+    differ (temperature, dropout, a shift by one), and nothing that follows would mean anything."""
+    ratio = (logprobs - batch.old_logprobs)[batch.mask].exp()
+    gap = (ratio - 1).abs().mean().item()
+    assert gap < 0.01, f"the ratio on the first minibatch is off by {gap:.3g} on average, expected 1"
+
+
+def diagnose(logprobs, batch, clip, losses, norms):
+    """Numbers to watch during the update. -> {name: scalar tensor}"""
+    log_ratio = logprobs - batch.old_logprobs
+    return dict(
+        policy_loss=losses[0].detach(), value_loss=losses[1].detach(),
+        clip_frac=masked_mean(((log_ratio.exp() - 1).abs() > clip).float(), batch.mask),
+        approx_kl=masked_mean(kl_k3(batch.old_logprobs, logprobs), batch.mask),   # old from new
+        policy_grad_norm=norms[0], value_grad_norm=norms[1])
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+def summarise(rollout):
+    """One rollout in a few numbers. Sums over a response for KL, which is priced per response."""
+    mask = rollout.mask
+    error, returns = rollout.returns - rollout.old_values, rollout.returns[mask]
+    return dict(
+        score=rollout.scores.mean(),
+        kl=(kl_k1(rollout.old_logprobs, rollout.ref_logprobs) * mask).sum(1).mean(),         # nats a response
+        kl_k3=(kl_k3(rollout.old_logprobs, rollout.ref_logprobs) * mask).sum(1).mean(),
+        entropy=masked_mean(rollout.entropy, mask),                                          # nats a token
+        response_len=mask.sum(1).float().mean(),
+        ended=rollout.ended.float().mean(),
+        explained_variance=1 - error[mask].var() / returns.var().clamp(min=1e-8))
+
+
+def adapt(kl_coef, kl, cfg):
+    """The KL price of the next round: dearer above the target, cheaper below (Ziegler et al. 2019, 2.2)."""
+    if not cfg.kl_target:
+        return kl_coef
+    error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
+    return kl_coef * (1 + 0.1 * error * cfg.batch_size / 64)
+
+
+def train(policy, reference, critic, score, prompts, eos, pad, cfg, log):
+    """prompts: list of token lists. -> summary; the policy and the critic have learnt in place"""
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1e-5,
+                                    weight_decay=0.0, fused=True) for model in (policy, critic)]
+    parts = dict(policy=policy, critic=critic, policy_optimizer=optimizers[0],
+                 critic_optimizer=optimizers[1])
+    seen = dict(step=0, tokens=0, kl_coef=cfg.kl_coef)
+    if cfg.resume:
+        seen = checkpoint.load_state(cfg.out, parts)
+    reference.requires_grad_(False)
+    batches = endless(prompts, cfg.batch_size, cfg.seed, seen["step"], length=len)
+
+    for number in log.steps(seen["step"], cfg.steps):
+        began = time.perf_counter()
+        for optimizer, rate in zip(optimizers, (cfg.learning_rate, cfg.critic_learning_rate)):
+            optimizer.param_groups[0]["lr"] = rate * (1 - number / cfg.steps)
+        rollout = collect(policy, reference, critic, score, next(batches), cfg, seen["kl_coef"], eos, pad)
+        losses = update(policy, critic, optimizers, rollout, cfg)
+
+        metrics = {name: x.item() for name, x in summarise(rollout).items()} | losses
+        tokens = rollout.mask.sum().item()
+        log.write(number, **metrics, kl_coef=seen["kl_coef"],
+                  tokens_per_s=tokens / (time.perf_counter() - began))
+        seen = dict(step=number + 1, tokens=seen["tokens"] + tokens,
+                    kl_coef=adapt(seen["kl_coef"], metrics["kl"], cfg))
+        if seen["step"] % cfg.save_every == 0:
+            checkpoint.save_state(cfg.out, parts, **seen)
+    return dict(steps=cfg.steps, tokens=seen["tokens"], score=metrics["score"], kl=metrics["kl"])

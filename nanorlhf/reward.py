@@ -15,9 +15,8 @@ import torch.nn.functional as F
 
 from nanorlhf import UserError, checkpoint
 from nanorlhf.config import autocast
-from nanorlhf.data import by_length, collate
-from nanorlhf.evaluate import interval
-from nanorlhf.logprobs import masked_mean, response_logprobs
+from nanorlhf.data import collate, endless
+from nanorlhf.logprobs import response_tokens
 from nanorlhf.model import ScalarGPT
 
 
@@ -29,12 +28,12 @@ class RMConfig:
     data: list[str] = field(default_factory=list)  # files of preferences; none: the built-in annotators
     prompts: int = 2500               # prompts to sample responses to (built-in world)
     responses: int = 4                # a prompt; annotators compare every two of them
-    annotator_temperature: float = 0.5  # how unsure annotators are: 0.5 errs on about 15 % of pairs
+    annotator_temperature: float = 0.55  # how unsure annotators are: they err on about 15 % of pairs
     max_new_tokens: int = 80          # longest sampled response
+    held_out_prompts: int = 1000      # prompts to measure on, one comparison each (built-in world)
     steps: int = 0                    # updates; 0: one pass over the comparisons
-    batch_size: int = 16              # prompts an update, with all their comparisons
+    batch_size: int = 4               # prompts an update, with all their comparisons
     learning_rate: float = 1e-3       # at the first step; falls to zero in a straight line
-    lm_coef: float = 0.5              # weight of the language-modelling loss that keeps the trunk alive
     weight_decay: float = 0.01        # on every weight
     grad_clip: float = 1.0            # longest gradient step
     seed: int = 1                     # of the head, data order, samples and annotators
@@ -93,3 +92,135 @@ def train(model, groups, pad, cfg, log):
     """One pass over the comparisons. model: ScalarGPT, groups as by_prompt makes them -> summary"""
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, betas=(0.9, 0.95),
                                   weight_decay=cfg.weight_decay, fused=True)
+    parts, seen = dict(model=model, optimizer=optimizer), dict(step=0, tokens=0)
+    if cfg.resume:
+        seen = checkpoint.load_state(cfg.out, parts)
+    steps = cfg.steps or math.ceil(len(groups) / cfg.batch_size)
+    batches = endless(groups, cfg.batch_size, cfg.seed, seen["step"],
+                      length=lambda group: max(len(tokens) for tokens, _ in group[0]))
+
+    for step in log.steps(seen["step"], steps):
+        model.train()
+        (tokens, prompt_len, mask), chosen, rejected = gather(next(batches), pad, model.device)
+        with autocast(model.device, cfg.dtype):
+            scores = score(model, tokens, prompt_len, mask)
+        loss = bradley_terry_loss(scores[chosen], scores[rejected])
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.learning_rate * min((step + 1) / 20, 1 - step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+
+        margin = (scores[chosen] - scores[rejected]).detach()
+        seen = dict(step=step + 1, tokens=seen["tokens"] + tokens.numel())
+        log.write(step, loss=loss, accuracy=(margin > 0).float().mean(), margin=margin.mean(),
+                  lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm)
+        if seen["step"] % cfg.save_every == 0:
+            checkpoint.save_state(cfg.out, parts, **seen)
+    model.eval()
+    return dict(steps=steps, tokens=seen["tokens"])
+
+
+@torch.no_grad()
+def normalise(model, rows, pad, dtype):
+    """Shift and scale the model so that these rows, the SFT model's samples, score mean 0, deviation 1.
+
+    The shift goes into the last LayerNorm's bias and the scale into the head, so the network needs no
+    extra part that another library would not know. -> the mean and deviation that were taken out
+    """
+    scores = score_rows(model, rows, pad, dtype)
+    mean, std = scores.mean(), scores.std()
+    head = model.score.weight[0]
+    model.transformer.ln_f.bias -= mean * head / (head @ head)
+    head /= std
+    return mean.item(), std.item()
+
+
+@torch.no_grad()
+def score_rows(model, rows, pad, dtype, batch_size=64):
+    """rows: list of (tokens, prompt_len) -> scores, one a row"""
+    scores = []
+    for i in range(0, len(rows), batch_size):
+        with autocast(model.device, dtype):
+            scores.append(score(model, *collate(rows[i:i + batch_size], pad, model.device)))
+    return torch.cat(scores)
+
+
+# --- how good is it? -----------------------------------------------------------------------------
+
+def report(model, pairs, pad, dtype):
+    """What held-out pairs of rows (chosen, rejected) say of a reward model. -> metrics, calibration
+
+    Call it before `normalise`: the loss fixes the scale on which sigmoid(margin) is a probability.
+    """
+    chosen, rejected = (score_rows(model, rows, pad, dtype) for rows in zip(*pairs))
+    margin = (chosen - rejected).cpu()
+    low, high = interval((margin > 0).sum().item(), len(margin))
+    longer = sum((len(c) > len(r)) + 0.5 * (len(c) == len(r)) for (c, _), (r, _) in pairs) / len(pairs)
+    table = calibration(margin)
+    return dict(
+        accuracy=(margin > 0).float().mean().item(), accuracy_low=low, accuracy_high=high,
+        held_out_loss=bradley_terry_loss(chosen, rejected).item(),
+        calibration_error=sum(n * abs(said - was) for said, was, n in table) / len(margin),
+        length_accuracy=max(longer, 1 - longer), pairs=len(pairs)), table
+
+
+def calibration(margin, bins=5):
+    """Does "80 % sure" come true 80 % of the time? -> list of (said, came true, pairs), one a bin
+
+    A pair is read from the side that the model favours, so that what is said is at least a half.
+    """
+    said, true = margin.abs().sigmoid(), (margin > 0).float()
+    at = ((said - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return [(said[at == b].mean().item(), true[at == b].mean().item(), int((at == b).sum()))
+            for b in range(bins) if (at == b).any()]
+
+
+def interval(successes, n, z=1.96):
+    """95 % interval of a proportion (Wilson 1927): never leaves [0, 1], right for small n as well."""
+    p, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+# --- scores for PPO: plain functions (tokens, prompt_len, mask) -> (B,) --------------------------
+
+def load(folder):
+    """A reward model that was saved in a folder. -> ScalarGPT, called with tokens (B, T) -> (B, T)"""
+    return ScalarGPT.load(folder)
+
+
+def by_model(reward_model):
+    return lambda tokens, prompt_len, mask: score(reward_model, tokens, prompt_len, mask)
+
+
+def by_text(function, tokenizer):
+    """A function of (prompt, response) texts: list of pairs -> list of floats, as a score function."""
+    def scores(tokens, prompt_len, mask):
+        responses = response_tokens(tokens, prompt_len, mask.shape[1])
+        pairs = [(tokenizer.decode(row[:n].tolist()), tokenizer.decode(response[kept].tolist()))
+                 for row, n, response, kept in zip(tokens, prompt_len, responses, mask)]
+        return torch.tensor(checked(function(pairs), len(pairs)), device=tokens.device)
+    return scores
+
+
+def checked(scores, n):
+    scores = [float(x) for x in scores]
+    if len(scores) != n or not all(map(math.isfinite, scores)):
+        raise UserError(f"the reward function must return {n} finite numbers, one a response; it "
+                        f"returned {len(scores)}: {scores[:5]}")
+    return scores
+
+
+def load_function(name):
+    """FILE.py:FUNCTION -> the function."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--reward: expected rm, env or FILE.py:FUNCTION, got {name}; no file {path!r}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"--reward: {path} has no function {function!r}")
+    return getattr(module, function)

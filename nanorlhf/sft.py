@@ -65,42 +65,43 @@ def make_optimizer(model, cfg):
 
 
 @torch.no_grad()
-def held_out_loss(model, rows, pad, cfg):
+def held_out_loss(model, rows, pad, batch_size, dtype):
     """Cross-entropy over held-out rows, each token counted once. -> nats a token"""
+    model.eval()
     total = count = 0
-    for i in range(0, len(rows), 4 * cfg.batch_size):
-        tokens, prompt_len, mask = collate(rows[i:i + 4 * cfg.batch_size], pad, model.device)
-        with autocast(model.device, cfg.dtype):
+    for i in range(0, len(rows), batch_size):
+        tokens, prompt_len, mask = collate(rows[i:i + batch_size], pad, model.device)
+        with autocast(model.device, dtype):
             total += loss(model, tokens, prompt_len, mask).item() * mask.sum().item()
         count += mask.sum().item()
     return total / count
 
 
 def train(model, rows, held_out, pad, cfg, log):
-    """rows, held_out: lists of (tokens, prompt_len), as data.encode makes them. -> summary dict"""
-    optimizer, start, seen = make_optimizer(model, cfg), 0, 0
+    """Imitate rows of (tokens, prompt_len), as data.encode makes them. -> summary"""
+    optimizer = make_optimizer(model, cfg)
+    parts, seen = dict(model=model, optimizer=optimizer), dict(step=0, tokens=0)
     if cfg.resume:
-        start, seen = checkpoint.resume(cfg.out, model=model, optimizer=optimizer)
-    batches = endless(rows, cfg.batch_size, cfg.seed, start)
+        seen = checkpoint.load_state(cfg.out, parts)
+    batches = endless(rows, cfg.batch_size, cfg.seed, seen["step"])
 
-    for step in log.steps(start, cfg.steps):
+    for step in log.steps(seen["step"], cfg.steps):
         model.train()
+        tokens, prompt_len, mask = collate(next(batches), pad, model.device)
+        with autocast(model.device, cfg.dtype):
+            mean_loss = loss(model, tokens, prompt_len, mask)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        tokens, prompt_len, mask = collate([rows[i] for i in next(batches)], pad, model.device)
-        with autocast(model.device, cfg.dtype):
-            value = loss(model, tokens, prompt_len, mask)
         optimizer.zero_grad()
-        value.backward()
+        mean_loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
 
-        seen += mask.sum().item()
-        metrics = dict(loss=value.item(), lr=learning_rate(step, cfg), grad_norm=grad_norm.item())
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            model.eval()
-            metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg)
+        seen = dict(step=step + 1, tokens=seen["tokens"] + mask.sum().item())
+        metrics = dict(loss=mean_loss, lr=learning_rate(step, cfg), grad_norm=grad_norm)
+        if seen["step"] % cfg.save_every == 0 or seen["step"] == cfg.steps:
+            metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg.batch_size, cfg.dtype)
+            checkpoint.save_state(cfg.out, parts, **seen)
         log.write(step, **metrics)
-    model.eval()
-    final = held_out_loss(model, held_out, pad, cfg)
-    return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=seen)
+    final = held_out_loss(model, held_out, pad, cfg.batch_size, cfg.dtype)
+    return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=seen["tokens"])

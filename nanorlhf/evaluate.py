@@ -1,0 +1,168 @@
+"""Did it help? Win rate of one model against another on prompts that neither has seen.
+
+    python -m nanorlhf.evaluate --policy out/ppo --against out/sft               judged by the truth
+    python -m nanorlhf.evaluate --policy out/ppo --against out/sft --judge out/rm
+    python -m nanorlhf.evaluate --policy out/ppo --against out/sft --judge choices.jsonl
+
+In: two models and a judge. Out: the share of prompts on which the first is preferred, with its 95 %
+interval, and beside it what a win can cost: KL, length, diversity, perplexity.
+
+A file of choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are
+responses of the policy and of the model it is compared with, and choice is "first", "second" or "tie".
+"""
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanorlhf import UserError, data, environment, reward, tokenizer
+from nanorlhf.config import autocast, run, setup
+from nanorlhf.generate import generate, responses
+from nanorlhf.logprobs import kl_k1, masked_mean, response_logprobs
+from nanorlhf.model import GPT
+
+
+@dataclass
+class EvaluateConfig:
+    """Compare two models on held-out prompts."""
+    policy: str = "out/ppo"           # the model to judge
+    against: str = "out/sft"          # the model to beat; KL and perplexity are taken under it
+    judge: str = "env"                # env (the true reward), a reward model's folder, or a file of choices
+    data: list[str] = field(default_factory=list)  # files of prompts, of which the held-out part is used
+    prompts: int = 500                # how many
+    temperature: float = 1.0          # of sampling
+    max_new_tokens: int = 80          # longest response
+    seed: int = 1                     # of prompts and sampling
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+
+
+def respond(model, tok, prompts, max_new_tokens, temperature=1.0, batch_size=250):
+    """Sample a response to each prompt (token lists). -> batches (tokens, prompt_len, mask), texts"""
+    batches, texts = [], []
+    for i in range(0, len(prompts), batch_size):
+        batch = generate(model, prompts[i:i + batch_size], max_new_tokens, temperature, tok.eos, tok.pad)
+        batches.append(batch)
+        texts += [tok.decode(r) for r in responses(*batch)]
+    return batches, texts
+
+
+@torch.no_grad()
+def score_batches(score, batches, dtype):
+    """score: (tokens, prompt_len, mask) -> (B,). -> list of floats, one a response"""
+    scores = []
+    for tokens, prompt_len, mask in batches:
+        with autocast(tokens.device, dtype):
+            scores += score(tokens, prompt_len, mask).tolist()
+    return scores
+
+
+def win_rate(scores, against):
+    """Share of prompts on which the first scores higher; a tie is half a win. -> rate, low, high"""
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(scores, against, strict=True))
+    return wins / len(scores), *reward.interval(wins, len(scores))
+
+
+@torch.no_grad()
+def describe(model, reference, batches, texts, cfg):
+    """What a response is like. -> {name: float}; kl in nats a response, length in tokens"""
+    kl = length = surprise = 0
+    for tokens, prompt_len, mask in batches:
+        R = mask.shape[1]
+        with autocast(tokens.device, cfg.dtype):
+            logprobs = response_logprobs(model, tokens, prompt_len, R, cfg.temperature)
+            ref_logprobs = response_logprobs(reference, tokens, prompt_len, R, cfg.temperature)
+        kl += (kl_k1(logprobs, ref_logprobs) * mask).sum().item()
+        surprise -= (ref_logprobs * mask).sum().item()
+        length += mask.sum().item()
+    return dict(kl=kl / len(texts), response_len=length / len(texts),
+                perplexity=math.exp(surprise / length), distinct_1=distinct(texts, 1),
+                distinct_2=distinct(texts, 2))
+
+
+def distinct(texts, n):
+    """Share of n-grams of words that differ from all others: low where a model has one answer to
+    everything (Li et al. 2016)."""
+    grams = Counter(gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n))))
+    return len(grams) / max(1, grams.total())
+
+
+def choices(path):
+    """A file of human choices. -> scores of the first and of the second, one each a comparison"""
+    first, second = [], []
+    for where, record in data.read_json_lines(path):
+        choice = record.get("choice")
+        if choice not in ("first", "second", "tie"):
+            raise UserError(f'{where}: expected "choice" to be first, second or tie, came {choice!r}')
+        first.append(float(choice == "first"))
+        second.append(float(choice == "second"))
+    return first, second
+
+
+def answer(model, tok, prompts, max_new_tokens, temperature=1.0, seed=0):
+    """The same prompts, the same dice: what stands before and after can be compared. -> (prompt, response)s
+
+    Long prompts lose their beginning. The random state of the run is left as it was.
+    """
+    room = model.config.n_positions - max_new_tokens
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        rows = data.encode_prompts(prompts, tok, room, Counter())
+        texts = respond(model, tok, rows, max_new_tokens, temperature)[1]
+    return list(zip(prompts, texts, strict=True))
+
+
+def compare(policy, against, tok, prompts, judge, cfg):
+    """Both models answer the prompts (texts); who is preferred, and what each is like. -> summary
+
+    judge: a score function (tokens, prompt_len, mask) -> (B,)
+    """
+    rows = data.encode_prompts(prompts, tok, policy.config.n_positions - cfg.max_new_tokens, Counter())
+    summary, scores = {}, []
+    for name, model in ("policy", policy), ("against", against):
+        batches, texts = respond(model, tok, rows, cfg.max_new_tokens, cfg.temperature)
+        scores.append(score_batches(judge, batches, cfg.dtype))
+        numbers = dict(score=sum(scores[-1]) / len(rows), **describe(model, against, batches, texts, cfg))
+        summary |= {f"{key}_{name}": x for key, x in numbers.items()}
+    rate, low, high = win_rate(*scores)
+    return dict(win_rate=rate, win_rate_low=low, win_rate_high=high) | summary
+
+
+def held_out_prompts(files, n, seed):
+    """Prompts that no stage has trained on: of the files, or else of the built-in world. -> texts"""
+    if not files:
+        return environment.prompts(n, seed, held_out=True)
+    records = [dict(prompt=prompt) for prompt in data.prompts(files)[0]]
+    return [record["prompt"] for record in data.split(records)[1]][:n]
+
+
+def true_reward(tok):
+    """The built-in world's own judgement as a score function."""
+    return reward.by_text(lambda pairs: [environment.gold(*pair) for pair in pairs], tok)
+
+
+def main(cfg):
+    device = setup(cfg)
+    if Path(cfg.judge).is_file():
+        scores = choices(cfg.judge)
+        rate, low, high = win_rate(*scores)
+        print(f"chosen by people in {rate:.1%} of {len(scores[0])} comparisons (95 %: {low:.1%} to {high:.1%})")
+        return
+    policy, against = (GPT.load(folder).to(device) for folder in (cfg.policy, cfg.against))
+    tok = tokenizer.load(cfg.policy)
+    judge = true_reward(tok) if cfg.judge == "env" else reward.by_model(reward.load(cfg.judge).to(device))
+    prompts = held_out_prompts(cfg.data, cfg.prompts, cfg.seed)
+    summary = compare(policy, against, tok, prompts, judge, cfg)
+    print(f"win rate {summary['win_rate']:.3f} (95 %: {summary['win_rate_low']:.3f} to "
+          f"{summary['win_rate_high']:.3f}) over {len(prompts)} held-out prompts, judged by {cfg.judge}\n")
+    names = [key.removesuffix("_policy") for key in summary if key.endswith("_policy")]
+    print(f"{'':16}{cfg.policy:>14}{cfg.against:>14}")
+    for name in names:
+        print(f"{name:16}{summary[name + '_policy']:14.3f}{summary[name + '_against']:14.3f}")
+
+
+if __name__ == "__main__":
+    run(main, EvaluateConfig)

@@ -1,0 +1,79 @@
+"""Stage 3: improve the SFT model until the reward model likes it better.
+
+    python train_ppo.py                                     the built-in world
+    python train_ppo.py --reward env                        score by the truth instead
+    python train_ppo.py --reward mine.py:score              score by a function of your own
+    python train_ppo.py --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ppo
+"""
+from nanorlhf import data, environment, ppo, reward, tokenizer
+from nanorlhf.config import run, setup
+from nanorlhf.evaluate import answer, compare, held_out_prompts, true_reward
+from nanorlhf.model import GPT
+from nanorlhf.plotting import curves
+from nanorlhf.runlog import RunLog, open_run, samples
+
+PANELS = [("Score", "of the reward model", ["score"]), ("KL to the reference", "nats / response", ["kl", "kl_k3"]),
+          ("Response length", "tokens", ["response_len"]), ("Policy loss", "", ["policy_loss"]),
+          ("Value loss", "score units, squared", ["value_loss"]),
+          ("Entropy", "nats / token", ["entropy"]), ("Ended by itself", "share", ["ended"]),
+          ("Clip fraction", "share of tokens", ["clip_frac"]),
+          ("Explained variance", "of returns", ["explained_variance"])]
+COLUMNS = ("score", "kl", "entropy", "response_len", "ended", "clip_frac", "explained_variance", "tokens_per_s")
+
+
+def main(cfg):
+    device = setup(cfg)
+    policy, reference = (GPT.load(cfg.sft).to(device) for _ in range(2))
+    tok = tokenizer.load(cfg.sft)
+    critic, score = reward.load(cfg.rm).to(device), score_function(cfg, tok, device)
+
+    if cfg.data:
+        texts, counts = data.prompts(cfg.data)
+        texts = [r["prompt"] for r in data.split([dict(prompt=text) for text in texts])[0]]
+    else:
+        texts, counts = environment.prompts(cfg.prompts, cfg.seed), data.Counter(records=cfg.prompts)
+    room = policy.config.n_positions - cfg.max_new_tokens
+    prompts = data.encode_prompts(texts, tok, room, counts)
+    print(f"prompts   {data.describe(counts)}")
+    print(f"policy    {policy}, on {device}; scored by {cfg.reward}")
+
+    open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
+    held_out = held_out_prompts(cfg.data, cfg.eval_prompts, cfg.seed)
+    before = answer(policy, tok, held_out[:3], cfg.max_new_tokens, cfg.temperature, cfg.seed)
+    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS)
+    summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
+    policy.save(cfg.out)
+    tok.save(cfg.out)
+    critic.save(f"{cfg.out}/critic")
+
+    # Did it help? The built-in world knows; elsewhere the score itself has to say.
+    judge = score if cfg.data else true_reward(tok)
+    found = compare(policy, reference, tok, held_out, judge, cfg)
+    summary |= {key: found[key] for key in ("win_rate", "win_rate_low", "win_rate_high")}
+    summary["kl"] = found["kl_policy"]
+    if not cfg.data:
+        summary |= dict(gold_before=found["score_against"], gold_after=found["score_policy"])
+    summary = log.finish(**summary)
+    samples(cfg.out, before,
+            answer(policy, tok, held_out[:3], cfg.max_new_tokens, cfg.temperature, cfg.seed))
+    curves(cfg.out, PANELS)
+    judged = "the score" if cfg.data else "the true reward"
+    print(f"win rate over the SFT model, by {judged}: {summary['win_rate']:.3f} (95 %: "
+          f"{summary['win_rate_low']:.3f} to {summary['win_rate_high']:.3f}), "
+          f"at {summary['kl']:.1f} nats a response, after {summary['seconds']:.0f} s")
+    print(f"{judged}: {found['score_against']:.2f} before, {found['score_policy']:.2f} after; "
+          f"see {cfg.out}/curves.png and samples.md")
+    print(f"next: python -m nanorlhf.evaluate --policy {cfg.out} --against {cfg.sft}")
+
+
+def score_function(cfg, tok, device):
+    """--reward as a plain function, (tokens, prompt_len, mask) -> (B,)."""
+    if cfg.reward == "rm":
+        return reward.by_model(reward.load(cfg.rm).to(device))
+    if cfg.reward == "env":
+        return true_reward(tok)
+    return reward.by_text(reward.load_function(cfg.reward), tok)
+
+
+if __name__ == "__main__":
+    run(main, ppo.PPOConfig)

@@ -1,0 +1,99 @@
+"""Stage 2: learn from comparisons how good a response is.
+
+    python train_rm.py                                      the built-in world
+    python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
+"""
+import random
+
+from nanorlhf import data, environment, reward, tokenizer
+from nanorlhf.config import run, setup
+from nanorlhf.evaluate import held_out_prompts, respond
+from nanorlhf.generate import responses
+from nanorlhf.model import GPT, ScalarGPT
+from nanorlhf.plotting import curves
+from nanorlhf.runlog import RunLog, open_run
+
+PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accuracy"]),
+          ("Margin", "chosen - rejected", ["margin"]), ("Gradient norm", "", ["grad_norm"])]
+
+
+def main(cfg):
+    device = setup(cfg)
+    sft, tok = GPT.load(cfg.sft).to(device), tokenizer.load(cfg.sft)
+    open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
+    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"))
+
+    # Comparisons: from files, or of the SFT model's own samples by the built-in annotators.
+    ceiling = {}
+    if cfg.data:
+        records, counts = data.preferences(cfg.data)
+        train, held_out = (data.encode_pairs(side, tok, sft.config.n_positions, counts)
+                           for side in data.split(records))
+        print(f"data      {data.describe(counts)}")
+        groups = reward.by_prompt(train)
+    else:
+        groups, _ = compare_samples(sft, tok, cfg.prompts, cfg.responses, cfg, held_out=False)
+        held_out, best = compare_samples(sft, tok, cfg.held_out_prompts, 2, cfg, held_out=True)
+        held_out = [(rows[i], rows[j]) for rows, [(i, j)] in held_out]
+        ceiling = dict(accuracy_ceiling=best)
+    print(f"pairs     {sum(len(wins) for _, wins in groups):,} comparisons of "
+          f"{sum(len(rows) for rows, _ in groups):,} responses; {len(held_out):,} held out")
+
+    model = ScalarGPT.load(cfg.sft).to(device)
+    print(f"model     {model}, on {device}")
+    summary = reward.train(model, groups, tok.pad, cfg, log)
+
+    # How good is it? Then shift and scale, so that 0 is the SFT model's average and 1 its deviation.
+    found, table = reward.report(model, held_out, tok.pad, cfg.dtype)
+    prompts = data.encode_prompts(held_out_prompts(cfg.data, 256, cfg.seed), tok,
+                                  sft.config.n_positions - cfg.max_new_tokens, data.Counter())
+    mean, std = reward.normalise(model, sample_rows(sft, tok, prompts, cfg), tok.pad, cfg.dtype)
+    model.save(cfg.out, reward_mean=mean, reward_std=std)
+    tok.save(cfg.out)
+    summary = log.finish(**summary, **found, **ceiling)
+    curves(cfg.out, PANELS)
+    tell(summary, table, cfg)
+
+
+def compare_samples(sft, tok, n, k, cfg, held_out):
+    """The SFT model answers n prompts k times each; annotators compare every two answers.
+
+    -> groups (rows, comparisons) as the reward model trains on them, and the accuracy that the
+    annotators' own errors leave possible
+    """
+    prompts = environment.prompts(n, cfg.seed, held_out)
+    rows = sample_rows(sft, tok, [tok.encode(p) for p in prompts for _ in range(k)], cfg)
+    annotator, rng = environment.Annotator(cfg.annotator_temperature), random.Random(cfg.seed)
+    groups, ceilings = [], []
+    for i, prompt in enumerate(prompts):
+        group = rows[i * k:(i + 1) * k]
+        choices = annotator.compare(prompt, [tok.decode(t[n:]) for t, n in group], rng)
+        groups.append((group, [(chosen, rejected) for chosen, rejected, _ in choices]))
+        ceilings += [ceiling for *_, ceiling in choices]
+    return groups, sum(ceilings) / len(ceilings)
+
+
+def sample_rows(model, tok, prompts, cfg):
+    """One response to each prompt (token lists) -> rows (tokens, prompt_len)"""
+    batches, _ = respond(model, tok, prompts, cfg.max_new_tokens)
+    sampled = [response for batch in batches for response in responses(*batch)]
+    return [(prompt + response, len(prompt)) for prompt, response in zip(prompts, sampled, strict=True)]
+
+
+def tell(summary, table, cfg):
+    """The reward model in a few lines, and what to do next."""
+    s = summary
+    print(f"accuracy  {s['accuracy']:.3f} on {s['pairs']:,} held-out pairs "
+          f"(95 %: {s['accuracy_low']:.3f} to {s['accuracy_high']:.3f})")
+    if "accuracy_ceiling" in s:
+        print(f"ceiling   {s['accuracy_ceiling']:.3f}, as annotators err; "
+              f"{s['accuracy'] / s['accuracy_ceiling']:.0%} of it reached")
+    print(f"length    alone would reach {s['length_accuracy']:.3f}")
+    print("calibration, said -> came true:  "
+          + "  ".join(f"{said:.2f} -> {true:.2f} ({n})" for said, true, n in table))
+    print(f"{s['seconds']:.0f} s; see {cfg.out}/curves.png")
+    print(f"next: python train_ppo.py --sft {cfg.sft} --rm {cfg.out}")
+
+
+if __name__ == "__main__":
+    run(main, reward.RMConfig)

@@ -1,0 +1,70 @@
+"""Stage 1: teach a GPT to imitate demonstrations, or pretrain it on plain text.
+
+    python train_sft.py                                     the built-in world
+    python train_sft.py --data books.jsonl.gz --tokenizer gpt2 --out out/base
+    python train_sft.py --data hh.jsonl.gz --init out/base --out out/hh-sft
+"""
+from nanorlhf import data, environment, sft, tokenizer
+from nanorlhf.config import run, setup
+from nanorlhf.evaluate import answer
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.plotting import curves
+from nanorlhf.runlog import RunLog, open_run, samples
+
+PANELS = [("Loss", "nats / token", ["loss", "held_out_loss"]),
+          ("Learning rate", "", ["lr"]),
+          ("Gradient norm", "", ["grad_norm"])]
+
+
+def main(cfg):
+    device = setup(cfg)
+    open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
+
+    # Data: records with a prompt and a response; some are kept aside to measure on.
+    if cfg.data:
+        records, counts = data.demonstrations(cfg.data)
+        train, held_out = data.split(records)
+    else:
+        counts = data.Counter(records=cfg.demos)
+        train = environment.demonstrations(cfg.demos, cfg.seed)
+        held_out = environment.demonstrations(200, cfg.seed, held_out=True)
+
+    # Model: from scratch, or what an earlier run has learnt, with that run's tokenizer.
+    tok = load_tokenizer(cfg, train)
+    if cfg.init == "scratch":
+        model = GPT(GPTConfig(tok.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout))
+    else:
+        model = GPT.load(cfg.init, cfg.dropout)
+    model.to(device)
+    block_size = model.config.n_positions
+
+    rows = data.encode(train, tok, block_size, counts)
+    print(f"data      {data.describe(counts)}")
+    print(f"model     {model}, on {device}")
+
+    prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
+    before = answer(model, tok, prompts, block_size // 2, seed=cfg.seed)
+    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=("loss", "held_out_loss", "lr"))
+    summary = sft.train(model, rows, data.encode(held_out, tok, block_size, counts), tok.pad, cfg, log)
+
+    model.save(cfg.out)
+    tok.save(cfg.out)
+    summary = log.finish(**summary)
+    samples(cfg.out, before, answer(model, tok, prompts, block_size // 2, seed=cfg.seed))
+    curves(cfg.out, PANELS)
+    print(f"held-out loss {summary['loss']:.3f} nats a token, perplexity {summary['perplexity']:.2f}, "
+          f"after {summary['seconds']:.0f} s; see {cfg.out}/curves.png and samples.md")
+    print(f"next: python train_rm.py --sft {cfg.out}")
+
+
+def load_tokenizer(cfg, records):
+    if cfg.init != "scratch":
+        return tokenizer.load(cfg.init)
+    if cfg.tokenizer == "builtin":
+        texts = (text for r in records for text in (r["prompt"], r["response"]))
+        return tokenizer.learn(texts, cfg.vocab_size)
+    return tokenizer.load(cfg.tokenizer)
+
+
+if __name__ == "__main__":
+    run(main, sft.SFTConfig)
