@@ -18,7 +18,6 @@ PANELS = [("Loss", "nats / token", ["loss", "held_out_loss"]),
 
 def main(cfg):
     device = setup(cfg)
-    open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
 
     # Data: records with a prompt and a response; some are kept aside to measure on.
     if cfg.data:
@@ -42,6 +41,7 @@ def main(cfg):
     print(f"data      {data.describe(counts)}")
     print(f"model     {model}, on {device}")
 
+    open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
     before = answer(model, tok, prompts, block_size // 2, seed=cfg.seed)
     log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=("loss", "held_out_loss", "lr"))

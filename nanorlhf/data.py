@@ -293,6 +293,9 @@ def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
 
     An epoch's order depends on the seed and its number alone, so a resumed run goes on where it was.
     """
+    if not rows or batch_size < 1:
+        raise UserError(f"expected rows and a batch size of 1 at least, came {len(rows)} rows and a "
+                        f"batch size of {batch_size}")
     for epoch in itertools.count():
         batches = by_length(rows, batch_size, random.Random(f"{seed} {epoch}"), length)
         for batch in batches[start:]:

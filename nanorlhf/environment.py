@@ -14,7 +14,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 
 from nanorlhf import UserError
 
@@ -64,6 +64,8 @@ PLAIN = dict(look="small plain new big common tall dry long",
 MOODS, PLAIN = ({mood: {slot: words.split() for slot, words in slots.items()}
                  for mood, slots in MOODS.items()},
                 {slot: words.split() for slot, words in PLAIN.items()})
+TIRED = "gloomy"            # nobody asks for it; it is what an author in low spirits falls into
+WANTED = [mood for mood in MOODS if mood != TIRED]
 MOOD_OF = {word: mood for mood, slots in MOODS.items() for words in slots.values() for word in words}
 
 # --- the sentences -------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class Request:
         """The request behind a prompt; UserError where it is not one of this world's."""
         words = re.findall(r"\w+", prompt)
         found = {slot: next((w for w in words if w in known), None) for slot, known in
-                 dict(mood=MOODS, hero=HEROES, thing=THINGS, place=PLACES).items()}
+                 dict(mood=WANTED, hero=HEROES, thing=THINGS, place=PLACES).items()}
         if None in found.values():
             raise UserError(f"the built-in reward judges requests such as {str(EXAMPLE).strip()!r}, "
                             f"not {prompt.strip()[:80]!r}")
@@ -145,13 +147,12 @@ EXAMPLE = Request("spooky", "fox", "lantern", "harbor")
 
 def prompts(n, seed=0, held_out=False):
     """n distinct prompts, the same for the same seed; held-out ones are never among the others."""
-    rng, chosen = random.Random(f"prompts {seed}"), {}
-    while len(chosen) < n:
-        request = Request(rng.choice(list(MOODS)), rng.choice(HEROES), rng.choice(THINGS),
-                          rng.choice(PLACES))
-        if request.held_out == held_out:
-            chosen[str(request)] = None                       # a dict keeps the order, a set does not
-    return list(chosen)
+    requests = [Request(*words) for words in product(WANTED, HEROES, THINGS, PLACES)]
+    requests = [request for request in requests if request.held_out == held_out]
+    if n > len(requests):
+        raise UserError(f"the built-in world has {len(requests):,} {'held-out' if held_out else ''} "
+                        f"prompts, not {n:,}")
+    return [str(request) for request in random.Random(f"prompts {seed}").sample(requests, n)]
 
 
 # --- authors -------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def write(request, rng, care=None):
     nouns = dict(hero=rng.choice(HEROES) if slips(.08) else request.hero,
                  thing=rng.choice(THINGS) if slips(.08) else request.thing,
                  place=rng.choice(PLACES) if slips(.08) else request.place)
-    mood = rng.choice(list(MOODS)) if slips(.30) else request.mood
+    mood = rng.choice([TIRED, TIRED, TIRED, *WANTED]) if slips(.30) else request.mood
     vivid = .25 + .5 * care
 
     middles = rng.sample(MIDDLES, 1)
@@ -177,7 +178,7 @@ def write(request, rng, care=None):
                  for t in (rng.choice(OPENINGS), rng.choice(FINDINGS), *middles,
                            rng.choice(HOMECOMINGS))] + [THE_END]
     for _ in range(3):
-        if slips(.20):
+        if slips(.28):
             sentences.insert(rng.randrange(1, len(sentences)),
                              _fill(rng.choice(DIGRESSIONS), nouns, mood, vivid, rng))    # wanders off
     if slips(.15):
@@ -188,7 +189,7 @@ def write(request, rng, care=None):
         words = story.split(" ")
         del words[rng.randrange(2, len(words) - 2)]                                  # drops a word
         story = " ".join(words)
-    if slips(.20):
+    if slips(.25):
         story = " ".join(story.split(" ")[:-rng.randint(3, 12)])                     # stops half-way
     return story
 
@@ -224,11 +225,11 @@ def parts(prompt, response):
     asked = (request.hero, request.thing, request.place)
     fitting = sum(mood == request.mood for mood in moods.values())
     return dict(
-        subject=2 * _mean([any(w in x for w in asked) for x in sentences if x != THE_END.strip()]),
+        subject=3 * _mean([any(w in x for w in asked) for x in sentences if x != THE_END.strip()]),
         hero=_share(request.hero, HEROES, words) / 2,
         thing=_share(request.thing, THINGS, words) / 2,
         place=_share(request.place, PLACES, words) / 2,
-        mood=3 * max(-1, min(1, (2 * fitting - len(moods)) / 7)),   # up to seven words in the mood
+        mood=max(-1, min(1, (2 * fitting - len(moods)) / 7)),   # up to seven words in the mood
         grammar=_mean([any(s.fullmatch(x) for s in SENTENCES) for x in sentences]),
         freshness=-2 * (1 - _mean([x not in sentences[:i] for i, x in enumerate(sentences)])),
         length=-min(2, max(0, len(words) - 45, 25 - len(words)) / 10),   # 25 to 45 words please

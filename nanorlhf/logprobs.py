@@ -87,4 +87,4 @@ def kl_k2(logprobs, ref_logprobs):
 def kl_k3(logprobs, ref_logprobs):
     """exp(d) - 1 - d with d = ref - policy: unbiased, never negative, less noisy. This is logged."""
     d = (ref_logprobs - logprobs).clamp(max=20)      # exp overflows where the reference is far likelier
-    return d.exp() - 1 - d
+    return d.expm1() - d             # exp(d) - 1 would lose every digit of a small d

@@ -27,6 +27,10 @@ class GPTConfig:
     n_embd: int
     dropout: float = 0.0      # only while imitating or learning a reward; PPO compares exact log-probs
 
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise UserError(f"expected n_head to divide n_embd, came {self.n_head} and {self.n_embd}")
+
 
 class KVCache:
     """Keys and values of every position seen so far, allocated once. k, v: L x (B, H, S, D)"""

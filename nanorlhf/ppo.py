@@ -230,7 +230,7 @@ def train(policy, reference, critic, score, prompts, eos, pad, cfg, log):
                                     weight_decay=0.0, fused=True) for model in (policy, critic)]
     parts = dict(policy=policy, critic=critic, policy_optimizer=optimizers[0],
                  critic_optimizer=optimizers[1])
-    seen = dict(step=0, tokens=0, kl_coef=cfg.kl_coef)
+    seen = dict(step=0, tokens=0, kl_coef=cfg.kl_coef, score=0.0, kl=0.0)
     if cfg.resume:
         seen = checkpoint.load_state(cfg.out, parts)
     reference.requires_grad_(False)
@@ -247,8 +247,8 @@ def train(policy, reference, critic, score, prompts, eos, pad, cfg, log):
         tokens = rollout.mask.sum().item()
         log.write(number, **metrics, kl_coef=seen["kl_coef"],
                   tokens_per_s=tokens / (time.perf_counter() - began))
-        seen = dict(step=number + 1, tokens=seen["tokens"] + tokens,
-                    kl_coef=adapt(seen["kl_coef"], metrics["kl"], cfg))
+        seen = dict(step=number + 1, tokens=seen["tokens"] + tokens, score=metrics["score"],
+                    kl=metrics["kl"], kl_coef=adapt(seen["kl_coef"], metrics["kl"], cfg))
         if seen["step"] % cfg.save_every == 0:
             checkpoint.save_state(cfg.out, parts, **seen)
-    return dict(steps=cfg.steps, tokens=seen["tokens"], score=metrics["score"], kl=metrics["kl"])
+    return dict(steps=cfg.steps, tokens=seen["tokens"], score=seen["score"], kl=seen["kl"])

@@ -20,7 +20,7 @@ class SFTConfig:
     """Teach a GPT to imitate demonstrations, or pretrain it on plain text."""
     out: str = "out/sft"              # the run folder
     data: list[str] = field(default_factory=list)  # files of records; none: the built-in world
-    demos: int = 24000                # demonstrations that the built-in authors write
+    demos: int = 16000                # demonstrations that the built-in authors write
     tokenizer: str = "builtin"        # builtin (learned from the data), gpt2, or a run folder
     init: str = "scratch"             # scratch, or the run folder to start from
     vocab_size: int = 1024            # of a tokenizer that is learned
@@ -29,7 +29,7 @@ class SFTConfig:
     n_embd: int = 128                 # channels
     block_size: int = 160             # longest sequence, in tokens
     dropout: float = 0.0              # worth having where data is scarce; the built-in world has plenty
-    steps: int = 1500                 # updates
+    steps: int = 1000                 # updates
     batch_size: int = 16              # sequences an update; many small steps beat few large ones
     learning_rate: float = 2e-3       # peak, after the warm-up
     warmup: int = 100                 # steps of linear warm-up; a cosine to a tenth follows

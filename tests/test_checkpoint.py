@@ -209,18 +209,37 @@ def test_a_full_disk_is_said_in_a_sentence(tmp_path, monkeypatch):
         save(tmp_path, {}, {})
 
 
-def test_an_optimizer_goes_on_where_it_was(tmp_path):
-    w = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([w], lr=0.1)
-    w.sum().backward()
+def trained(seed):
+    """A model and its optimizer, one step old."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * (seed + 1))
+    model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    save_state(tmp_path, dict(step=7, optimizer=optimizer.state_dict(), rng=torch.get_rng_state()))
-    state = load_state(tmp_path)
-    assert state["step"] == 7 and state["rng"].equal(torch.get_rng_state())
-    again = torch.optim.AdamW([w], lr=0.5)
-    again.load_state_dict(state["optimizer"])
-    assert again.param_groups[0]["lr"] == 0.1
-    assert again.state[w]["exp_avg"].equal(optimizer.state[w]["exp_avg"])
+    return dict(model=model, optimizer=optimizer)
+
+
+def test_everything_goes_on_where_it_was(tmp_path):
+    parts = trained(seed=0)
+    save_state(tmp_path, parts, step=7, kl_coef=0.05)
+    dice = torch.rand(3)
+
+    others = trained(seed=1)  # of the same shape, with other weights and another rate
+    assert load_state(tmp_path, others) == dict(step=7, kl_coef=0.05)
+    assert torch.rand(3).equal(dice)  # what would have been thrown next
+    assert same(others["model"].state_dict(), parts["model"].state_dict())
+    assert others["optimizer"].param_groups[0]["lr"] == 0.1
+    for w, old in zip(others["model"].parameters(), parts["model"].parameters(), strict=True):
+        moments, old_moments = others["optimizer"].state[w], parts["optimizer"].state[old]
+        assert same(moments, old_moments) and moments["exp_avg"].abs().max() > 0
+
+
+def test_a_crash_while_saving_leaves_the_old_state(tmp_path, monkeypatch):
+    save_state(tmp_path, trained(0), step=1)
+    monkeypatch.setattr(checkpoint.torch, "save", lambda state, file: file.write(b"half") / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_state(tmp_path, trained(1), step=2)
+    assert load_state(tmp_path, trained(1)) == dict(step=1)
 
 
 class Trap:
@@ -230,9 +249,9 @@ class Trap:
 
 def test_a_state_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"x": Trap()}, "state.pt")
+    torch.save({"model": Trap()}, "state.pt")
     with pytest.raises(UserError, match="state.pt"):
-        load_state(tmp_path)
+        load_state(tmp_path, trained(0))
     assert not (tmp_path / "trapped").exists()
 
 
@@ -240,5 +259,12 @@ def test_a_state_cannot_run_code(tmp_path, monkeypatch):
 def test_a_state_that_cannot_be_read_is_said_in_a_sentence(tmp_path, content):
     if content is not None:
         (tmp_path / "state.pt").write_bytes(content)
-    with pytest.raises(UserError, match="state.pt: expected the saved state of a run"):
-        load_state(tmp_path)
+    with pytest.raises(UserError, match="state.pt: expected the saved state of this run"):
+        load_state(tmp_path, trained(0))
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    save_state(tmp_path, dict(model=torch.nn.Linear(3, 5)), step=7)
+    for parts in dict(model=torch.nn.Linear(3, 2)), dict(critic=torch.nn.Linear(3, 5)):
+        with pytest.raises(UserError, match="expected the saved state of this run"):
+            load_state(tmp_path, parts)

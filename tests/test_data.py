@@ -4,7 +4,7 @@ import gzip
 import json
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from nanorlhf.data import (
     encode,
     encode_pairs,
     encode_prompts,
+    endless,
     preferences,
     prompts,
     render,
@@ -368,32 +369,75 @@ def test_collate_is_flush_left_and_masks_the_response():
     assert (tokens.dtype, prompt_len.dtype, mask.dtype) == (torch.long, torch.long, torch.bool)
 
 
+def tokens_of(row):
+    return len(row[0])
+
+
 def test_every_row_is_in_one_batch():
     rows = [([0] * random.Random(i).randrange(2, 50), 1) for i in range(1003)]
-    batches = by_length(rows, 8, random.Random(0))
+    batches = by_length(rows, 8, random.Random(0), tokens_of)
     assert sorted(i for batch in batches for i in batch) == list(range(1003))
     assert sorted(map(len, batches))[:2] == [3, 8] and max(map(len, batches)) == 8
 
 
 def test_batches_of_similar_length_waste_little():
     rows = [([0] * random.Random(i).randrange(2, 50), 1) for i in range(1000)]
-    lengths = [[len(rows[i][0]) for i in batch] for batch in by_length(rows, 8, random.Random(0))]
+    batches = by_length(rows, 8, random.Random(0), tokens_of)
+    lengths = [[len(rows[i][0]) for i in batch] for batch in batches]
     padded, real = sum(max(batch) * len(batch) for batch in lengths), sum(map(sum, lengths))
     assert padded < 1.1 * real  # unsorted, it is about 1.7 times
 
 
 def test_which_rows_meet_and_which_batch_comes_first_is_left_to_chance():
     rows = [([0] * (2 + i // 20), 1) for i in range(200)]  # twenty rows of each length
-    batches, again, others = (by_length(rows, 8, random.Random(seed)) for seed in (0, 0, 1))
+    batches, again, others = (
+        by_length(rows, 8, random.Random(seed), tokens_of) for seed in (0, 0, 1)
+    )
     assert batches == again
     assert sorted(map(sorted, batches)) != sorted(map(sorted, others))
     firsts = [len(rows[batch[0]][0]) for batch in batches]
     assert firsts != sorted(firsts)
 
 
-def test_a_pair_is_as_long_as_its_longer_row():
+def test_what_makes_a_row_long_is_for_the_caller_to_say():
     short, long = ([0] * 3, 1), ([0] * 30, 1)
     pairs = [(short, short), (short, long), (short, short), (long, short)]
     for seed in range(10):
-        batches = by_length(pairs, 2, random.Random(seed))
+        batches = by_length(
+            pairs, 2, random.Random(seed), lambda pair: max(len(tokens) for tokens, _ in pair)
+        )
         assert sorted(map(sorted, batches)) == [[0, 2], [1, 3]]
+
+
+# --- epoch after epoch ---
+
+SEVEN = [([i] * (2 + i % 3), 1) for i in range(7)]  # three batches an epoch, the last of one row
+
+
+def test_every_epoch_holds_every_row_once_and_has_an_order_of_its_own():
+    batches = list(islice(endless(SEVEN, 3, seed=1), 12))
+    epochs = [sum(batches[i : i + 3], []) for i in range(0, 12, 3)]
+    assert all(sorted(epoch) == sorted(SEVEN) for epoch in epochs)
+    assert len({repr(epoch) for epoch in epochs}) > 1
+    assert batches != list(islice(endless(SEVEN, 3, seed=2), 12))
+
+
+def test_resumed_at_any_step_it_goes_on_as_if_never_interrupted():
+    uninterrupted = list(islice(endless(SEVEN, 3, seed=1), 12))
+    for step in range(10):  # within an epoch, at its end, and epochs later
+        resumed = list(islice(endless(SEVEN, 3, seed=1, start=step), 12 - step))
+        assert resumed == uninterrupted[step:]
+
+
+def test_nobody_waits_for_a_batch_that_cannot_come():
+    for rows, batch_size in ([], 3), (SEVEN, 0), (SEVEN, -1):
+        came = f"came {len(rows)} rows and a batch size of {batch_size}"
+        with pytest.raises(UserError, match=came):
+            next(endless(rows, batch_size, seed=1))
+
+
+def test_the_dice_of_the_run_are_left_alone():
+    random.seed(0)
+    before = random.getstate()
+    next(endless(SEVEN, 3, seed=1))
+    assert random.getstate() == before

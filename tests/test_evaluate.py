@@ -1,0 +1,182 @@
+"""Did it help? Counting wins, reading people's choices, and what a response is like."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from nanorlhf import UserError, data, environment, tokenizer
+from nanorlhf.evaluate import (
+    EvaluateConfig,
+    answer,
+    choices,
+    compare,
+    describe,
+    distinct,
+    held_out_prompts,
+    respond,
+    score_batches,
+    true_reward,
+    win_rate,
+)
+from nanorlhf.logprobs import response_logprobs
+from nanorlhf.model import GPT, GPTConfig
+
+CFG = EvaluateConfig(device="cpu", dtype="float32", max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return tokenizer.learn(environment.prompts(50), 300)
+
+
+def make_model(tok, seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(tok.vocab_size, n_positions=96, n_layer=1, n_head=2, n_embd=16)).eval()
+
+
+# --- who wins ---
+
+
+def test_a_tie_is_half_a_win():
+    rate, low, high = win_rate([1, 2, 3, 4], [1, 1, 4, 0])  # a tie, a win, a loss, a win
+    assert rate == 2.5 / 4 and low < rate < high
+
+
+def test_a_model_against_itself_wins_half():
+    assert win_rate([1.0, 2.0], [1.0, 2.0])[0] == 0.5
+
+
+def test_more_prompts_say_it_more_surely():
+    widths = [high - low for _, low, high in (win_rate([1, 0] * n, [0, 1] * n) for n in (10, 1000))]
+    assert widths[0] > 0.35 and widths[1] < 0.05
+
+
+def test_scores_of_different_prompts_cannot_be_compared():
+    with pytest.raises(ValueError):
+        win_rate([1, 2, 3], [1, 2])
+
+
+# --- what people chose ---
+
+
+def write_choices(path, *words):
+    path.write_text("".join(json.dumps(dict(prompt="p", first="a", second="b", choice=w)) + "\n"
+                            for w in words))  # fmt: skip
+    return path
+
+
+def test_choices_of_people_are_wins_ties_and_losses(tmp_path):
+    path = write_choices(tmp_path / "c.jsonl", "first", "tie", "second", "first")
+    first, second = choices(path)
+    assert (first, second) == ([1, 0, 0, 1], [0, 0, 1, 0])
+    assert win_rate(first, second)[0] == 2.5 / 4
+
+
+def test_a_choice_of_neither_kind_is_named_by_line(tmp_path):
+    path = write_choices(tmp_path / "c.jsonl", "first", "left")
+    with pytest.raises(UserError, match=r"c.jsonl:2: .*first, second or tie, came 'left'"):
+        choices(path)
+    path.write_text('{"prompt": "p"}\n')
+    with pytest.raises(UserError, match=r"c.jsonl:1: .*came None"):
+        choices(path)
+
+
+# --- what a response is like ---
+
+
+def test_distinct_by_hand():
+    texts = ["the fox the fox", "a fox"]
+    assert distinct(texts, 1) == 3 / 6  # the, fox, a
+    assert distinct(texts, 2) == 3 / 4  # the fox, fox the, a fox
+    assert distinct(["same"] * 10, 1) == 0.1
+    assert distinct(["", "one"], 2) == 0
+
+
+def test_a_model_is_no_nats_away_from_itself(tok):
+    model, other = make_model(tok), make_model(tok, seed=1)
+    batches, texts = respond(model, tok, [[1, 2], [3], [4, 5, 6]], 12)
+    assert describe(model, model, batches, texts, CFG)["kl"] == 0
+    found = describe(model, other, batches, texts, CFG)
+    [(tokens, prompt_len, mask)] = batches
+    with torch.no_grad():
+        said, other_said = (
+            response_logprobs(m, tokens, prompt_len, mask.shape[1]) for m in (model, other)
+        )
+    assert found["kl"] == pytest.approx(((said - other_said) * mask).sum().item() / 3, rel=1e-4)
+    assert found["response_len"] == sum(b[2].sum().item() for b in batches) / 3
+
+
+def test_perplexity_of_a_reference_that_knows_nothing_is_the_size_of_the_vocabulary(tok):
+    model, ignorant = make_model(tok), make_model(tok)
+    ignorant.transformer.wte.weight.data.zero_()
+    batches, texts = respond(model, tok, [[1, 2], [3]], 12)
+    found = describe(model, ignorant, batches, texts, CFG)
+    assert found["perplexity"] == pytest.approx(tok.vocab_size, rel=1e-4)
+
+
+# --- responding ---
+
+
+def test_respond_keeps_the_order_over_many_batches(tok):
+    model = make_model(tok)
+    prompts = [tok.encode(p) for p in environment.prompts(7)]
+    batches, texts = respond(model, tok, prompts, 8, temperature=0, batch_size=3)
+    assert [len(tokens) for tokens, _, _ in batches] == [3, 3, 1]
+    assert texts == [respond(model, tok, [p], 8, temperature=0)[1][0] for p in prompts]
+    lengths = score_batches(lambda tokens, prompt_len, mask: prompt_len.float(), batches, "float32")
+    assert lengths == [len(p) for p in prompts]
+
+
+def test_before_and_after_throw_the_same_dice_and_leave_the_runs_alone(tok):
+    model, prompts = make_model(tok), environment.prompts(3)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    before = answer(model, tok, prompts, 12, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(10)
+    assert answer(model, tok, prompts, 12, seed=1) == before
+    assert [prompt for prompt, _ in before] == prompts
+
+
+# --- the whole comparison ---
+
+
+def test_compare_says_who_is_preferred_and_what_each_is_like(tok):
+    model, other = make_model(tok), make_model(tok, seed=1)
+    longest = lambda tokens, prompt_len, mask: mask.sum(1).float()  # noqa: E731
+    found = compare(model, other, tok, environment.prompts(20), longest, CFG)
+    assert 0 <= found["win_rate_low"] <= found["win_rate"] <= found["win_rate_high"] <= 1
+    assert found["score_policy"] == pytest.approx(found["response_len_policy"])
+    assert found["kl_against"] == 0 and math.isfinite(found["perplexity_policy"])
+
+
+def test_a_judge_without_an_opinion_makes_everything_a_tie(tok):
+    nothing = lambda tokens, prompt_len, mask: torch.zeros(len(tokens))  # noqa: E731
+    found = compare(make_model(tok), make_model(tok, 1), tok, environment.prompts(10), nothing, CFG)
+    assert found["win_rate"] == 0.5
+
+
+def test_the_true_reward_is_the_environments(tok):
+    [record] = environment.demonstrations(1)
+    prompt, response = tok.encode(record["prompt"]), [*tok.encode(record["response"]), tok.eos]
+    batch = data.collate([(prompt + response, len(prompt))], tok.pad)
+    said = environment.gold(record["prompt"], record["response"])
+    assert true_reward(tok)(*batch).tolist() == [pytest.approx(said)]
+
+
+# --- prompts that no stage has seen ---
+
+
+def test_held_out_prompts_of_the_built_in_world():
+    assert held_out_prompts([], 20, seed=1) == environment.prompts(20, 1, held_out=True)
+
+
+def test_held_out_prompts_of_files_are_those_that_training_leaves_aside(tmp_path):
+    records = [dict(prompt=f"question {i}", response="r") for i in range(200)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    found = held_out_prompts([path], 10, seed=1)
+    trained_on = {r["prompt"] for r in data.split(data.demonstrations([path])[0])[0]}
+    assert len(found) == 10 and not set(found) & trained_on

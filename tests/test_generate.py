@@ -1,0 +1,160 @@
+"""Prompts in, responses out: the cached sampler against a loop that caches nothing."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from nanorlhf import UserError
+from nanorlhf.generate import generate, responses, sample
+from nanorlhf.logprobs import response_logprobs, response_tokens
+from nanorlhf.model import GPT, GPTConfig
+
+PROMPTS = [[1], [2, 4, 5, 6, 3, 1, 1], [6, 7], [8, 0, 1, 2]]
+EOS, PAD = 9, 10
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, n_positions=32, n_layer=2, n_head=2, n_embd=16))
+    with torch.no_grad():
+        for w in model.parameters():
+            w.mul_(1.5)  # or a random model says the same token for ever
+    return model.eval()
+
+
+@torch.no_grad()
+def greedy_loop(model, prompt, max_new_tokens, eos=None):
+    """The whole sequence through the model for every token: slow, and hard to get wrong."""
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+        if tokens[-1] == eos:
+            break
+    return tokens[len(prompt) :]
+
+
+# --- greedy ---
+
+
+def test_greedy_equals_the_uncached_loop_for_prompts_of_mixed_length(model):
+    found = responses(*generate(model, PROMPTS, 20, temperature=0))
+    assert found == [greedy_loop(model, prompt, 20) for prompt in PROMPTS]
+    assert len({tuple(row) for row in found}) == 4 and len(set(found[0])) > 3  # not all the same
+
+
+def test_greedy_stops_where_the_uncached_loop_stops(model):
+    seldom = greedy_loop(model, PROMPTS[0], 20)[5]  # a token that comes up on the way
+    found = responses(*generate(model, PROMPTS, 20, temperature=0, eos=seldom, pad=PAD))
+    assert found == [greedy_loop(model, prompt, 20, seldom) for prompt in PROMPTS]
+    assert len(found[0]) <= 6
+
+
+def test_a_row_alone_equals_the_same_row_in_a_batch(model):
+    together = responses(*generate(model, PROMPTS, 12, temperature=0, eos=EOS, pad=PAD))
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        assert responses(*generate(model, [prompt], 12, temperature=0, eos=EOS, pad=0)) == [row]
+
+
+def test_generate_leaves_the_prompts_alone_and_in_place(model):
+    tokens, prompt_len, mask = generate(model, PROMPTS, 5, pad=PAD)
+    assert prompt_len.tolist() == [1, 7, 2, 4]
+    assert [row[:n].tolist() for row, n in zip(tokens, prompt_len, strict=True)] == PROMPTS
+    assert tokens.shape == (4, 7 + 5) and mask.shape == (4, 5)
+
+
+# --- the end ---
+
+
+def test_the_end_token_is_the_last_thing_inside_the_mask(model):
+    tokens, prompt_len, mask = generate(model, PROMPTS * 50, 12, eos=EOS, pad=PAD)
+    chosen = response_tokens(tokens, prompt_len, mask.shape[1])
+    lengths = mask.sum(1).tolist()
+    for row, kept, n in zip(chosen.tolist(), mask.tolist(), lengths, strict=True):
+        assert kept == [True] * n + [False] * (mask.shape[1] - n)
+        assert EOS not in row[: n - 1]
+        assert row[n - 1] == EOS or n == 12  # a row cut by the limit has no end token
+    assert min(lengths) < 4 and max(lengths) == 12
+    for row, n, m in zip(tokens, prompt_len, lengths, strict=True):
+        assert (row[n + m :] == PAD).all()
+
+
+def test_the_batch_is_no_wider_than_its_longest_response(model):
+    always_end = lambda hidden: torch.eye(11)[EOS].expand(len(hidden), 11)  # noqa: E731
+    model.head = always_end
+    tokens, _, mask = generate(model, PROMPTS, 25, temperature=0, eos=EOS, pad=PAD)
+    assert mask.tolist() == [[True]] * 4 and tokens.shape == (4, 7 + 1)
+    assert tokens[0].tolist() == [1, EOS] + [PAD] * 6
+
+
+def test_without_an_end_token_every_response_has_full_length(model):
+    assert generate(model, PROMPTS, 9)[2].all()
+
+
+# --- what does not fit ---
+
+
+def test_what_does_not_fit_is_said_in_a_sentence(model):
+    with pytest.raises(UserError, match="prompt of 7 tokens and max_new_tokens of 26.* 32 pos"):
+        generate(model, PROMPTS, 26)
+    assert generate(model, PROMPTS, 25)[0].shape == (4, 32)  # to the very last position
+
+
+# --- the sampler draws what the scorer scores ---
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_tokens_come_up_as_often_as_softmax_of_logits_over_temperature_says(temperature):
+    torch.manual_seed(0)
+    logits, n = torch.randn(12), 50_000
+    drawn = sample(logits.expand(n, 12), temperature).bincount(minlength=12)
+    wanted = (logits.double() / temperature).softmax(0) * n
+    assert chisquare(drawn, wanted).pvalue > 1e-3
+    other = (logits.double() / (temperature + 0.1)).softmax(0) * n
+    assert chisquare(drawn, other).pvalue < 1e-6  # the test can tell
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_whole_responses_come_up_as_often_as_their_logprobs_say(model, temperature):
+    torch.manual_seed(0)
+    n = 10_000
+    tokens, prompt_len, mask = generate(model, [[2, 4]] * n, 2, temperature, eos=EOS, pad=PAD)
+    said = response_logprobs(model, tokens, prompt_len, 2, temperature).detach()
+    kinds, at, counts = torch.unique(
+        response_tokens(tokens, prompt_len, 2), dim=0, return_inverse=True, return_counts=True
+    )
+    wanted = torch.zeros(len(kinds)).scatter(0, at, (said * mask).sum(1).exp()) * n
+    often = wanted >= 5  # the seldom ones are counted together, as the test asks for
+    observed = torch.cat([counts[often], counts[~often].sum()[None]])
+    expected = torch.cat([wanted[often], (n - wanted[often].sum()).clamp(min=1e-6)[None]]).double()
+    assert often.sum() > 10
+    assert chisquare(observed, expected / expected.sum() * n).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
+def test_a_token_of_probability_zero_is_never_drawn(monkeypatch, u):
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size, u))
+    impossible = float("-inf")
+    logits = torch.tensor([[impossible, 1.0, impossible, 1.0, impossible]])
+    assert sample(logits, 1.0).item() in (1, 3)
+
+
+def test_no_number_from_zero_to_one_leads_out_of_the_vocabulary(monkeypatch):
+    torch.manual_seed(0)
+    logits = torch.randn(500, 1000)  # rounding leaves many a sum a little under 1
+    for u in (0.0, 1 - 2**-24):
+        monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size, u))  # noqa: B023
+        assert sample(logits, 1.0).max() < 1000
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.randn(100, 9)
+    assert torch.equal(sample(logits, 0), logits.argmax(-1))
+
+
+def test_the_same_seed_gives_the_same_responses(model):
+    found = []
+    for seed in 1, 1, 2:
+        torch.manual_seed(seed)
+        found.append(responses(*generate(model, PROMPTS, 10)))
+    assert found[0] == found[1] != found[2]

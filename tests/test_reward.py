@@ -1,0 +1,294 @@
+"""From choices to numbers: the loss, where the score is read, the scale it has, what is learnt."""
+
+import dataclasses
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from nanorlhf import UserError, reward
+from nanorlhf.data import collate
+from nanorlhf.model import GPTConfig, ScalarGPT
+from nanorlhf.reward import (
+    RMConfig,
+    bradley_terry_loss,
+    by_model,
+    by_prompt,
+    by_text,
+    calibration,
+    checked,
+    gather,
+    interval,
+    load_function,
+    normalise,
+    report,
+    score,
+    score_rows,
+)
+from nanorlhf.runlog import RunLog
+
+TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
+PAD = 11
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ScalarGPT(TINY).eval()
+
+
+def some_rows(n, seed=0):
+    """Rows of one prompt token and one to eight response tokens."""
+    rng = random.Random(seed)
+    return [([rng.randrange(11) for _ in range(rng.randint(2, 9))], 1) for _ in range(n)]
+
+
+# --- the loss ---
+
+
+def test_a_judge_who_knows_nothing_pays_ln_2():
+    scores = torch.randn(5)
+    assert bradley_terry_loss(scores, scores).item() == pytest.approx(math.log(2))
+
+
+def test_the_loss_by_hand():
+    # Margins ln 3 and -ln 3: probabilities 3/4 and 1/4 of what was chosen.
+    loss = bradley_terry_loss(torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 3.0]).log())
+    assert loss.item() == pytest.approx(-(math.log(3 / 4) + math.log(1 / 4)) / 2)
+
+
+def test_only_differences_count():
+    chosen, rejected = torch.randn(2, 6)
+    shifted = bradley_terry_loss(chosen + 100, rejected + 100)
+    assert shifted.item() == pytest.approx(bradley_terry_loss(chosen, rejected).item(), abs=1e-4)
+
+
+def test_a_hopeless_margin_costs_much_and_not_infinity():
+    assert bradley_terry_loss(torch.tensor([-1e4]), torch.tensor([1e4])).item() == 2e4
+
+
+# --- where the score is read ---
+
+
+def test_the_score_is_read_at_the_last_response_token(model):
+    rows = [([1, 2, 3, 4, 5], 2), ([6, 7], 1), ([8, 9, 10], 1)]
+    tokens, prompt_len, mask = collate(rows, PAD)
+    everywhere = model(tokens)
+    expected = torch.stack([everywhere[0, 4], everywhere[1, 1], everywhere[2, 2]])
+    assert torch.equal(score(model, tokens, prompt_len, mask), expected)
+    assert torch.equal(by_model(model)(tokens, prompt_len, mask), expected)
+
+
+def test_a_score_does_not_depend_on_padding_or_on_who_shares_the_batch(model):
+    rows = some_rows(20)
+    together = score(model, *collate(rows, PAD))
+    other_pad = score(model, *collate(rows, 0))
+    alone = torch.cat([score(model, *collate([row], PAD)) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together, other_pad, atol=1e-6)
+    threes = score_rows(model, rows, PAD, "float32", batch_size=3)
+    assert torch.allclose(threes, together, atol=1e-5)
+
+
+# --- comparisons ---
+
+A, B, C, D = ([1, 2, 5], 2), ([1, 2, 6, 7], 2), ([1, 2, 8], 2), ([3, 9], 1)
+
+
+def test_by_prompt_keeps_each_response_once():
+    groups = by_prompt([(A, B), (D, ([3, 10], 1)), (C, A), (B, C)])
+    assert groups == [
+        ([A, B, C], [(0, 1), (2, 0), (1, 2)]),
+        ([D, ([3, 10], 1)], [(0, 1)]),
+    ]
+
+
+def test_the_same_tokens_after_another_prompt_are_another_response():
+    """[1 | 2 5] and [1 2 | 5] hold the same tokens, and begin elsewhere."""
+    assert len(by_prompt([(A, B), (([1, 2, 5], 1), ([1, 4], 1))])) == 2
+
+
+def test_gather_finds_the_pairs_again_in_one_batch():
+    pairs = [(A, B), (D, ([3, 10], 1)), (C, A), (B, C)]
+    (tokens, prompt_len, mask), chosen, rejected = gather(by_prompt(pairs), PAD, "cpu")
+    assert tokens.shape == (5, 4)
+
+    def row(i):
+        return tokens[i, : prompt_len[i] + mask[i].sum()].tolist(), prompt_len[i].item()
+
+    found = {repr((row(i), row(j))) for i, j in zip(chosen, rejected, strict=True)}
+    assert len(chosen) == 4 and found == set(map(repr, pairs))
+
+
+# --- after training: shift and scale ---
+
+
+def test_normalised_scores_have_mean_0_and_deviation_1_also_after_loading(model, tmp_path):
+    rows = some_rows(100)
+    before = score_rows(model, rows, PAD, "float32")
+    mean, std = normalise(model, rows, PAD, "float32")
+    after = score_rows(model, rows, PAD, "float32")
+    assert (mean, std) == (pytest.approx(before.mean().item()), pytest.approx(before.std().item()))
+    assert after.mean().abs() < 1e-4 and after.std().item() == pytest.approx(1, abs=1e-4)
+    assert torch.allclose(after, (before - mean) / std, atol=1e-4)
+
+    model.save(tmp_path, reward_mean=mean, reward_std=std)
+    assert torch.equal(score_rows(reward.load(tmp_path), rows, PAD, "float32"), after)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["reward_mean"], config["reward_std"]) == (mean, std)
+
+
+# --- how good is it? ---
+
+
+def test_calibration_by_hand():
+    odds = torch.tensor([3.0, 3.0, 1 / 3, 3.0, 19.0, 19.0])  # 75 % sure four times, 95 % twice
+    table = calibration(odds.log(), bins=2)
+    assert [(round(said, 4), round(true, 4), n) for said, true, n in table] == [
+        (pytest.approx((0.75 * 4 + 0.95 * 2) / 6, abs=1e-4), pytest.approx(5 / 6, abs=1e-4), 6)
+    ]
+    table = calibration(odds.log(), bins=5)
+    assert [n for _, _, n in table] == [4, 2]
+    assert table[0][:2] == (pytest.approx(0.75), pytest.approx(0.75))  # true to its word
+    assert table[1][:2] == (pytest.approx(0.95), pytest.approx(1.0))
+
+
+def test_calibration_loses_no_pair():
+    margin = torch.cat([torch.randn(500) * 3, torch.tensor([0.0, 100.0, -100.0])])
+    assert sum(n for _, _, n in calibration(margin)) == 503
+
+
+def test_interval_by_hand():
+    # Wilson's for 8 of 10, as in any table of it.
+    assert interval(8, 10) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    low, high = interval(0, 10)
+    assert low == pytest.approx(0, abs=1e-9) and 0.2 < high < 0.3
+    assert interval(500, 1000)[1] - interval(500, 1000)[0] == pytest.approx(0.062, abs=1e-3)
+
+
+def test_an_interval_holds_the_truth_nineteen_times_in_twenty():
+    rng = random.Random(0)
+    held = 0
+    for _ in range(1000):
+        low, high = interval(sum(rng.random() < 0.8 for _ in range(50)), 50)
+        held += low <= 0.8 <= high
+    assert 930 <= held <= 975
+
+
+def test_the_report_counts_what_the_scores_say(model):
+    pairs = list(zip(some_rows(40, 1), some_rows(40, 2), strict=True))
+    found, table = report(model, pairs, PAD, "float32")
+    chosen = score_rows(model, [pair[0] for pair in pairs], PAD, "float32")
+    rejected = score_rows(model, [pair[1] for pair in pairs], PAD, "float32")
+    right = (chosen > rejected).sum().item()
+    assert found["accuracy"] == pytest.approx(right / 40) and found["pairs"] == 40
+    assert (found["accuracy_low"], found["accuracy_high"]) == interval(right, 40)
+    assert found["held_out_loss"] == pytest.approx(bradley_terry_loss(chosen, rejected).item())
+    assert sum(n for _, _, n in table) == 40
+
+
+def test_a_report_of_pairs_of_equal_length_says_nothing_of_length(model):
+    found, _ = report(model, [(([1, 2], 1), ([1, 3], 1))] * 4, PAD, "float32")
+    assert 0 <= found["length_accuracy"] <= 1
+
+
+# --- it learns ---
+
+
+def toy_comparisons(n, seed):
+    """Three responses a prompt, compared each with each: the more 3s, the better."""
+    rng, groups = random.Random(seed), []
+    for _ in range(n):
+        prompt = [rng.randrange(11), rng.randrange(11)]
+        rows = [(prompt + [3] * k + [5] * (4 - k) + [9], 2) for k in rng.sample(range(5), 3)]
+        order = sorted(range(3), key=lambda i: -rows[i][0].count(3))
+        groups.append((rows, [(order[0], order[1]), (order[0], order[2]), (order[1], order[2])]))
+    return groups
+
+
+def learn(cfg, log=None):
+    torch.manual_seed(0)
+    model = ScalarGPT(dataclasses.replace(TINY, dropout=0.1))  # dropout, so that dice are thrown
+    summary = reward.train(model, toy_comparisons(200, 1), PAD, cfg, log or RunLog())
+    return model, summary
+
+
+CFG = RMConfig(device="cpu", dtype="float32", batch_size=4, learning_rate=3e-3)
+
+
+def test_it_learns_a_known_order():
+    model, summary = learn(CFG)
+    assert summary["steps"] == 50  # one pass: 200 prompts, four an update
+    pairs = [(rows[i], rows[j]) for rows, choices in toy_comparisons(100, 2) for i, j in choices]
+    assert report(model, pairs, PAD, "float32")[0]["accuracy"] > 0.95
+    ladder = [([1, 2] + [3] * k + [5] * (4 - k) + [9], 2) for k in range(5)]
+    scores = score_rows(model, ladder, PAD, "float32")
+    assert scores.tolist() == sorted(scores.tolist())
+
+
+class Interrupted(RunLog):
+    def write(self, step, **metrics):
+        if step == 7:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):
+    cfg = dataclasses.replace(CFG, steps=9, save_every=5, out=str(tmp_path))
+    model, summary = learn(cfg)
+    with pytest.raises(KeyboardInterrupt):
+        learn(cfg, Interrupted())
+    again, summary_again = learn(dataclasses.replace(cfg, resume=True))
+    assert summary == summary_again and summary["steps"] == 9
+    weights = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+# --- scores for PPO ---
+
+
+class Letters:
+    """a is 1, b is 2, ...; 9 ends a text."""
+
+    eos, pad = 9, PAD
+
+    def decode(self, tokens):
+        return "".join(chr(ord("a") - 1 + t) for t in tokens if t not in (self.eos, self.pad))
+
+
+def test_a_function_of_texts_sees_the_prompt_and_the_response_without_its_end():
+    seen = []
+
+    def count(pairs):
+        seen.extend(pairs)
+        return [len(response) for _, response in pairs]
+
+    rows = [([1, 2, 3, 4, 9], 2), ([5, 6], 1), ([7, 9], 1), ([1, 2, 3, 4, 5], 4)]
+    scores = by_text(count, Letters())(*collate(rows, PAD))
+    assert seen == [("ab", "cd"), ("e", "f"), ("g", ""), ("abcd", "e")]
+    assert scores.tolist() == [2.0, 1.0, 0.0, 1.0] and scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("returned", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 0]])
+def test_a_function_that_returns_something_else_is_told_what_was_expected(returned):
+    with pytest.raises(UserError, match="must return 2 finite numbers"):
+        checked(returned, 2)
+
+
+def test_numbers_of_every_kind_are_scores():
+    assert checked([1, True, torch.tensor(0.5)], 3) == [1.0, 1.0, 0.5]
+
+
+def test_a_function_of_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(pairs):\n    return [1.5] * len(pairs)\n\nx = 3\n")
+    assert load_function(f"{tmp_path}/mine.py:score")([("p", "r")]) == [1.5]
+    for name in "missing", "x":
+        with pytest.raises(UserError, match=f"mine.py has no function '{name}'"):
+            load_function(f"{tmp_path}/mine.py:{name}")
+
+
+@pytest.mark.parametrize("name", ["gold", "nowhere.py:score", ":score"])
+def test_a_reward_that_is_nowhere(name):
+    with pytest.raises(UserError, match=f"expected rm, env or FILE.py:FUNCTION, got {name}"):
+        load_function(name)

@@ -1,0 +1,163 @@
+"""Imitation: which tokens are learnt from, on what schedule, and that it learns."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from nanorlhf import sft
+from nanorlhf.data import collate, encode
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.runlog import RunLog
+from nanorlhf.sft import SFTConfig, held_out_loss, learning_rate, loss
+
+V, EOS, PAD = 12, 10, 11
+TINY = GPTConfig(vocab_size=V, n_positions=12, n_layer=1, n_head=2, n_embd=16)
+ROWS = [([1, 2, 3, 4, EOS], 2), ([5, 6, EOS], 1), ([7, 8, 9, 1, 2, 3, EOS], 3), ([4, 4, 6, EOS], 2)]
+CFG = SFTConfig(device="cpu", dtype="float32", batch_size=4, steps=60, warmup=5, learning_rate=1e-2)
+
+
+class Letters:
+    eos, pad = EOS, PAD
+
+    def encode(self, text):
+        return [ord(letter) - ord("a") for letter in text]
+
+
+class Table:
+    """A model that has learnt its logits by heart: (B, T, V), one row of them a position."""
+
+    def __init__(self, B, T):
+        self.logits = torch.zeros(B, T, V, requires_grad=True)
+
+    def transformer(self, tokens):
+        return self.logits
+
+    def head(self, hidden):
+        return hidden
+
+
+def where_it_learns(rows):
+    """The (row, position)s whose prediction the loss pulls at."""
+    tokens, prompt_len, mask = collate(rows, PAD)
+    table = Table(*tokens.shape)
+    loss(table, tokens, prompt_len, mask).backward()
+    gradient = table.logits.grad
+    return gradient, {tuple(at) for at in gradient.abs().sum(-1).nonzero().tolist()}
+
+
+# --- the loss ---
+
+
+def test_only_the_response_is_learnt_and_its_end_with_it():
+    gradient, places = where_it_learns(ROWS[:2])
+    # Position t predicts token t + 1: [1 2 | 3 4 end] learns at its 2, 3, 4; [5 | 6 end] at 5, 6.
+    assert places == {(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)}
+    pulled_up = {(r, t, gradient[r, t].argmin().item()) for r, t in places}
+    assert pulled_up == {(0, 1, 3), (0, 2, 4), (0, 3, EOS), (1, 0, 6), (1, 1, EOS)}
+
+
+def test_what_stands_in_the_prompt_is_no_target():
+    one, other = ([1, 2, 3, EOS], 2), ([1, 9, 3, EOS], 2)  # the prompt's second token differs
+    assert torch.equal(where_it_learns([one])[0], where_it_learns([other])[0])
+
+
+def test_plain_text_is_learnt_from_its_first_token_to_its_end():
+    rows = encode([{"prompt": "", "response": "abcdefg"}], Letters(), 5, Counter())
+    found = [row[t + 1] for n, (row, _) in enumerate(rows) for t in sorted(
+        t for r, t in where_it_learns(rows)[1] if r == n)]  # fmt: skip
+    assert found == [0, 1, 2, 3, 4, 5, 6, EOS]
+
+
+def test_a_model_that_knows_nothing_pays_ln_v_a_token():
+    tokens, prompt_len, mask = collate(ROWS, PAD)
+    found = loss(Table(*tokens.shape), tokens, prompt_len, mask)
+    assert found.item() == pytest.approx(math.log(V))
+
+
+def test_every_token_weighs_the_same_however_rows_are_batched():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    whole = held_out_loss(model, ROWS, PAD, 4, "float32")
+    for batch_size in 1, 3:
+        parts = held_out_loss(model, ROWS, PAD, batch_size, "float32")
+        assert parts == pytest.approx(whole, rel=1e-5)
+    with torch.no_grad():
+        assert whole == pytest.approx(loss(model, *collate(ROWS, PAD)).item(), rel=1e-5)
+
+
+# --- the schedule ---
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    cfg = SFTConfig(steps=100, warmup=10, learning_rate=1.0)
+    rates = [learning_rate(step, cfg) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[4] == pytest.approx(0.5)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)  # half-way down
+    assert 0.1 <= rates[99] < 0.102
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_run_may_be_shorter_than_its_warm_up_or_have_none():
+    assert learning_rate(1, SFTConfig(steps=2, warmup=10, learning_rate=1.0)) == pytest.approx(0.2)
+    assert learning_rate(0, SFTConfig(steps=2, warmup=0, learning_rate=1.0)) == 1.0
+
+
+def test_biases_and_layernorms_are_not_decayed():
+    model = GPT(TINY)
+    decayed, free = sft.make_optimizer(model, CFG).param_groups
+    assert decayed["weight_decay"] == CFG.weight_decay and free["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+# --- training ---
+
+
+def learn(cfg, log=None):
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, dropout=cfg.dropout))
+    summary = sft.train(model, ROWS, ROWS[:2], PAD, cfg, log or RunLog())
+    return model, summary
+
+
+def test_a_handful_of_rows_is_learnt_by_heart(tmp_path):
+    _, summary = learn(dataclasses.replace(CFG, out=str(tmp_path)))
+    assert summary["loss"] < 0.05
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
+    assert summary["steps"] == 60 and summary["tokens"] == 60 * (3 + 2 + 4 + 2)
+
+
+def same(a, b):
+    weights = zip(a.parameters(), b.parameters(), strict=True)
+    return all(torch.equal(x, y) for x, y in weights)
+
+
+class Interrupted(RunLog):
+    def write(self, step, **metrics):
+        if step == 7:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):
+    """With dropout and a batch size that does not divide the rows: dice and order go on, too."""
+    cfg = dataclasses.replace(
+        CFG, steps=10, save_every=4, batch_size=3, dropout=0.2, out=str(tmp_path)
+    )
+    model, summary = learn(cfg)
+    with pytest.raises(KeyboardInterrupt):
+        learn(cfg, Interrupted())
+    again, summary_again = learn(dataclasses.replace(cfg, resume=True))
+    assert summary == summary_again
+    assert same(model, again)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    cfg = dataclasses.replace(CFG, steps=3, out=str(tmp_path))
+    model, summary = learn(cfg)
+    again, summary_again = learn(dataclasses.replace(cfg, resume=True))
+    assert summary == summary_again
+    assert same(model, again)
