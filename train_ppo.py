@@ -12,13 +12,14 @@ from nanorlhf.model import GPT
 from nanorlhf.plotting import curves
 from nanorlhf.runlog import RunLog, open_run, samples
 
-PANELS = [("Score", "of the reward model", ["score"]), ("KL to the reference", "nats / response", ["kl", "kl_k3"]),
+PANELS = [("Score", "of the reward model", ["score"]),
+          ("KL to the reference", "nats / response", ["kl", "kl_k3"]),
           ("Response length", "tokens", ["response_len"]), ("Policy loss", "", ["policy_loss"]),
           ("Value loss", "score units, squared", ["value_loss"]),
           ("Entropy", "nats / token", ["entropy"]), ("Ended by itself", "share", ["ended"]),
           ("Clip fraction", "share of tokens", ["clip_frac"]),
           ("Explained variance", "of returns", ["explained_variance"])]
-COLUMNS = ("score", "kl", "entropy", "response_len", "ended", "clip_frac", "explained_variance", "tokens_per_s")
+COLUMNS = ("score", "kl", "entropy", "response_len", "ended", "clip_frac", "tokens_per_s")
 
 
 def main(cfg):
@@ -31,7 +32,8 @@ def main(cfg):
         texts, counts = data.prompts(cfg.data)
         texts = [r["prompt"] for r in data.split([dict(prompt=text) for text in texts])[0]]
     else:
-        texts, counts = environment.prompts(cfg.prompts, cfg.seed), data.Counter(records=cfg.prompts)
+        texts = environment.prompts(cfg.prompts, cfg.seed)
+        counts = data.Counter(records=cfg.prompts)
     room = policy.config.n_positions - cfg.max_new_tokens
     prompts = data.encode_prompts(texts, tok, room, counts)
     print(f"prompts   {data.describe(counts)}")

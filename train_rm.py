@@ -43,7 +43,7 @@ def main(cfg):
     print(f"model     {model}, on {device}")
     summary = reward.train(model, groups, tok.pad, cfg, log)
 
-    # How good is it? Then shift and scale, so that 0 is the SFT model's average and 1 its deviation.
+    # How good is it? Then shift and scale: 0 is the SFT model's average, 1 its deviation.
     found, table = reward.report(model, held_out, tok.pad, cfg.dtype)
     prompts = data.encode_prompts(held_out_prompts(cfg.data, 256, cfg.seed), tok,
                                   sft.config.n_positions - cfg.max_new_tokens, data.Counter())
@@ -77,7 +77,8 @@ def sample_rows(model, tok, prompts, cfg):
     """One response to each prompt (token lists) -> rows (tokens, prompt_len)"""
     batches, _ = respond(model, tok, prompts, cfg.max_new_tokens)
     sampled = [response for batch in batches for response in responses(*batch)]
-    return [(prompt + response, len(prompt)) for prompt, response in zip(prompts, sampled, strict=True)]
+    return [(prompt + response, len(prompt))
+            for prompt, response in zip(prompts, sampled, strict=True)]
 
 
 def tell(summary, table, cfg):

@@ -31,7 +31,8 @@ def main(cfg):
     # Model: from scratch, or what an earlier run has learnt, with that run's tokenizer.
     tok = load_tokenizer(cfg, train)
     if cfg.init == "scratch":
-        model = GPT(GPTConfig(tok.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout))
+        model = GPT(GPTConfig(tok.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
+                              cfg.dropout))
     else:
         model = GPT.load(cfg.init, cfg.dropout)
     model.to(device)
@@ -45,15 +46,17 @@ def main(cfg):
     prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
     before = answer(model, tok, prompts, block_size // 2, seed=cfg.seed)
     log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=("loss", "held_out_loss", "lr"))
-    summary = sft.train(model, rows, data.encode(held_out, tok, block_size, counts), tok.pad, cfg, log)
+    held_out_rows = data.encode(held_out, tok, block_size, counts)
+    summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
 
     model.save(cfg.out)
     tok.save(cfg.out)
     summary = log.finish(**summary)
     samples(cfg.out, before, answer(model, tok, prompts, block_size // 2, seed=cfg.seed))
     curves(cfg.out, PANELS)
-    print(f"held-out loss {summary['loss']:.3f} nats a token, perplexity {summary['perplexity']:.2f}, "
-          f"after {summary['seconds']:.0f} s; see {cfg.out}/curves.png and samples.md")
+    print(f"held-out loss {summary['loss']:.3f} nats a token, "
+          f"perplexity {summary['perplexity']:.2f}, after {summary['seconds']:.0f} s; "
+          f"see {cfg.out}/curves.png and samples.md")
     print(f"next: python train_rm.py --sft {cfg.out}")
 
 

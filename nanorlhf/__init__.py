@@ -20,4 +20,4 @@ Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dim
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, said in one sentence: what was expected, what came, where."""
+    """A mistake that the user can mend, said in a sentence: what was expected, what came, where."""

@@ -7,8 +7,9 @@ import torch
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t   (Schulman et al. 2016, eq. 16)
+    """A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t
 
+    Generalised advantage estimation (Schulman et al. 2016, eq. 16).
     lam = 0 trusts the critic, lam = 1 trusts the rewards. After the last token nothing comes: its
     V_{t+1} is 0, whatever stands behind the mask. All (B, R) -> advantages (B, R), 0 off the mask
     """
@@ -28,7 +29,9 @@ def reinforce(scores):
 
 def rloo(scores, G):
     """Each score against the mean of the other G - 1 responses to the same prompt: an unbiased
-    baseline (Kool et al. 2019; Ahmadian et al. 2024, eq. 7). Rows of a prompt stand together. (B,) -> (B,)
+    baseline (Kool et al. 2019; Ahmadian et al. 2024, eq. 7). Rows of a prompt stand together.
+
+    (B,) -> (B,)
     """
     groups = scores.view(-1, G)
     baseline = (groups.sum(1, keepdim=True) - groups) / (G - 1)
@@ -36,7 +39,7 @@ def rloo(scores, G):
 
 
 def grpo(scores, G):
-    """Each score in standard deviations of its prompt's G responses (Shao et al. 2024, section 4.1.2).
+    """Each score in standard deviations of its prompt's G responses (Shao et al. 2024, 4.1.2).
 
     Dividing by the deviation is what makes it biased: prompts on which all responses are nearly
     alike count as much as the others. (B,) -> (B,)

@@ -51,7 +51,7 @@ def load(folder):
 
 
 def save_state(folder, parts, **numbers):
-    """What resuming needs -> state.pt: parts ({name: model or optimizer}), numbers, random state."""
+    """What resuming needs: parts ({name: model or optimizer}), numbers, random numbers."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with replacing(Path(folder) / "state.pt") as file:
         torch.save(dict(state, numbers=numbers, random=torch.get_rng_state()), file)

@@ -291,10 +291,10 @@ def by_length(rows, batch_size, rng, length):
 def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
     """Batches of rows, epoch after epoch; those before step `start` are passed over.
 
-    An epoch's order depends on the seed and its number alone, so a resumed run goes on where it was.
+    An epoch's order depends on the seed and its number alone, so a resumed run goes on as it was.
     """
     if not rows or batch_size < 1:
-        raise UserError(f"expected rows and a batch size of 1 at least, came {len(rows)} rows and a "
+        raise UserError(f"expected rows, and a batch size of at least 1; came {len(rows)} rows and "
                         f"batch size of {batch_size}")
     for epoch in itertools.count():
         batches = by_length(rows, batch_size, random.Random(f"{seed} {epoch}"), length)

@@ -1,4 +1,4 @@
-"""The built-in world: someone asks for a story, authors of mixed skill write it, annotators compare.
+"""The built-in world: someone wants a story, authors of mixed skill write, annotators compare.
 
     request  "Write a spooky story about a fox, a lantern and the harbor."
     story    " One evening a crooked fox crept to the harbor. There the fox found a lantern full of
@@ -31,7 +31,8 @@ ASIDES = dict(food="cheese butter sugar flour soup pepper salad mustard".split()
               relative="cousin uncle aunt nephew brother sister neighbor dentist".split(),
               number="two three four five six seven nine ten".split(),
               trouble="bills taxes parcels stairs meetings printers windows socks".split())
-TIMES = ["One morning", "One evening", "Long ago", "Last winter", "Last summer", "On Sunday", "Today"]
+TIMES = ["One morning", "One evening", "Long ago", "Last winter", "Last summer", "On Sunday",
+         "Today"]
 
 # What a word is for decides where it may stand; its mood decides whether it was wanted there.
 MOODS = {
@@ -66,7 +67,8 @@ MOODS, PLAIN = ({mood: {slot: words.split() for slot, words in slots.items()}
                 {slot: words.split() for slot, words in PLAIN.items()})
 TIRED = "gloomy"            # nobody asks for it; it is what an author in low spirits falls into
 WANTED = [mood for mood in MOODS if mood != TIRED]
-MOOD_OF = {word: mood for mood, slots in MOODS.items() for words in slots.values() for word in words}
+MOOD_OF = {word: mood for mood, slots in MOODS.items() for words in slots.values()
+           for word in words}
 
 # --- the sentences -------------------------------------------------------------------------------
 
@@ -137,7 +139,7 @@ class Request:
         found = {slot: next((w for w in words if w in known), None) for slot, known in
                  dict(mood=WANTED, hero=HEROES, thing=THINGS, place=PLACES).items()}
         if None in found.values():
-            raise UserError(f"the built-in reward judges requests such as {str(EXAMPLE).strip()!r}, "
+            raise UserError(f"the built-in reward judges requests like {str(EXAMPLE).strip()!r}, "
                             f"not {prompt.strip()[:80]!r}")
         return cls(**found)
 
@@ -150,8 +152,8 @@ def prompts(n, seed=0, held_out=False):
     requests = [Request(*words) for words in product(WANTED, HEROES, THINGS, PLACES)]
     requests = [request for request in requests if request.held_out == held_out]
     if n > len(requests):
-        raise UserError(f"the built-in world has {len(requests):,} {'held-out' if held_out else ''} "
-                        f"prompts, not {n:,}")
+        kind = "held-out" if held_out else "training"
+        raise UserError(f"the built-in world has {len(requests):,} {kind} prompts, not {n:,}")
     return [str(request) for request in random.Random(f"prompts {seed}").sample(requests, n)]
 
 
@@ -180,22 +182,22 @@ def write(request, rng, care=None):
     for _ in range(3):
         if slips(.28):
             sentences.insert(rng.randrange(1, len(sentences)),
-                             _fill(rng.choice(DIGRESSIONS), nouns, mood, vivid, rng))    # wanders off
+                             _fill(rng.choice(DIGRESSIONS), nouns, mood, vivid, rng))  # wanders off
     if slips(.15):
         at = rng.randrange(1, len(sentences))
-        sentences[at:at] = [sentences[at - 1]]                                       # repeats itself
+        sentences[at:at] = [sentences[at - 1]]                                      # repeats itself
     story = "".join(sentences)
     if slips(.15):
         words = story.split(" ")
         del words[rng.randrange(2, len(words) - 2)]                                  # drops a word
         story = " ".join(words)
     if slips(.25):
-        story = " ".join(story.split(" ")[:-rng.randint(3, 12)])                     # stops half-way
+        story = " ".join(story.split(" ")[:-rng.randint(3, 12)])                    # stops half-way
     return story
 
 
 def _fill(template, nouns, mood, vivid, rng):
-    """A sentence: nouns as given, the other words in the mood, or plain where the author is dull."""
+    """A sentence: nouns as given, other words in the mood, or plain where the author is dull."""
     def word(match):
         slot = match[1]
         if slot in nouns:
@@ -208,7 +210,7 @@ def _fill(template, nouns, mood, vivid, rng):
 
 
 def demonstrations(n, seed=0, held_out=False):
-    """n records {"prompt", "response"} by authors of mixed skill: good on average, never perfect."""
+    """n records {"prompt", "response"} by authors of mixed skill: fair on average."""
     rng = random.Random(f"authors {seed}")
     return [dict(prompt=p, response=write(Request.parse(p), rng))
             for p in prompts(n, seed, held_out)]
@@ -221,7 +223,7 @@ def parts(prompt, response):
     request = Request.parse(prompt)
     words = re.findall(r"\w+", response.lower())
     sentences = [s.strip() for s in re.findall(r"[^.?]+[.?]?", response) if s.strip()]
-    moods = {w: MOOD_OF[w] for w in words if w in MOOD_OF}      # distinct: saying it twice is no gain
+    moods = {w: MOOD_OF[w] for w in words if w in MOOD_OF}    # distinct: saying it twice is no gain
     asked = (request.hero, request.thing, request.place)
     fitting = sum(mood == request.mood for mood in moods.values())
     return dict(
@@ -247,7 +249,7 @@ def _mean(flags):
 
 
 def gold(prompt, response):
-    """The true reward, from about -4 to 7. Training never sees it."""
+    """The true reward, from about -4 to 7.5. Training never sees it."""
     return sum(parts(prompt, response).values())
 
 
@@ -259,10 +261,10 @@ class Annotator:
 
     P(first is chosen) = sigmoid((reward of first - reward of second) / temperature)
     """
-    temperature: float = 1.0      # 0: never wrong; 1.0: wrong on about 15 % of the SFT model's pairs
+    temperature: float = 1.0     # 0: never wrong; the larger, the noisier
     likes_length: float = 0.0     # bias: reward for each extra word
     likes_first: float = 0.0      # bias: reward for standing first
-    taste: dict = field(default_factory=dict)     # part -> weight, where this person's differ from 1
+    taste: dict = field(default_factory=dict)    # part -> weight, where this person's differ from 1
 
     def reward(self, prompt, response):
         """What this person feels: the true parts in the person's own weights, and the bias."""
@@ -270,7 +272,7 @@ class Annotator:
         return felt + self.likes_length * len(response.split())
 
     def prefers_first(self, margin):
-        """Reward of the first minus reward of the second -> probability that the first is chosen."""
+        """Reward of the first minus that of the second -> P(the first is chosen)."""
         margin += self.likes_first
         if self.temperature == 0:
             return 0.5 if margin == 0 else float(margin > 0)

@@ -8,7 +8,7 @@ In: two models and a judge. Out: the share of prompts on which the first is pref
 interval, and beside it what a win can cost: KL, length, diversity, perplexity.
 
 A file of choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are
-responses of the policy and of the model it is compared with, and choice is "first", "second" or "tie".
+responses of the policy and of the model to beat, and choice is "first", "second" or "tie".
 """
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ import torch
 from nanorlhf import UserError, data, environment, reward, tokenizer
 from nanorlhf.config import autocast, run, setup
 from nanorlhf.generate import generate, responses
-from nanorlhf.logprobs import kl_k1, masked_mean, response_logprobs
+from nanorlhf.logprobs import kl_k1, response_logprobs
 from nanorlhf.model import GPT
 
 
@@ -30,8 +30,8 @@ class EvaluateConfig:
     """Compare two models on held-out prompts."""
     policy: str = "out/ppo"           # the model to judge
     against: str = "out/sft"          # the model to beat; KL and perplexity are taken under it
-    judge: str = "env"                # env (the true reward), a reward model's folder, or a file of choices
-    data: list[str] = field(default_factory=list)  # files of prompts, of which the held-out part is used
+    judge: str = "env"        # env (the truth), a reward model's folder, a file of choices
+    data: list[str] = field(default_factory=list)  # files of prompts; their held-out part
     prompts: int = 500                # how many
     temperature: float = 1.0          # of sampling
     max_new_tokens: int = 80          # longest response
@@ -41,10 +41,11 @@ class EvaluateConfig:
 
 
 def respond(model, tok, prompts, max_new_tokens, temperature=1.0, batch_size=250):
-    """Sample a response to each prompt (token lists). -> batches (tokens, prompt_len, mask), texts"""
+    """Answer each prompt (token lists). -> batches (tokens, prompt_len, mask), texts"""
     batches, texts = [], []
     for i in range(0, len(prompts), batch_size):
-        batch = generate(model, prompts[i:i + batch_size], max_new_tokens, temperature, tok.eos, tok.pad)
+        batch = generate(model, prompts[i:i + batch_size], max_new_tokens, temperature,
+                         tok.eos, tok.pad)
         batches.append(batch)
         texts += [tok.decode(r) for r in responses(*batch)]
     return batches, texts
@@ -96,14 +97,14 @@ def choices(path):
     for where, record in data.read_json_lines(path):
         choice = record.get("choice")
         if choice not in ("first", "second", "tie"):
-            raise UserError(f'{where}: expected "choice" to be first, second or tie, came {choice!r}')
+            raise UserError(f"{where}: expected choice to be first, second or tie, came {choice!r}")
         first.append(float(choice == "first"))
         second.append(float(choice == "second"))
     return first, second
 
 
 def answer(model, tok, prompts, max_new_tokens, temperature=1.0, seed=0):
-    """The same prompts, the same dice: what stands before and after can be compared. -> (prompt, response)s
+    """The same prompts, the same dice: before and after can be compared. -> (prompt, response)s
 
     Long prompts lose their beginning. The random state of the run is left as it was.
     """
@@ -120,19 +121,21 @@ def compare(policy, against, tok, prompts, judge, cfg):
 
     judge: a score function (tokens, prompt_len, mask) -> (B,)
     """
-    rows = data.encode_prompts(prompts, tok, policy.config.n_positions - cfg.max_new_tokens, Counter())
+    room = policy.config.n_positions - cfg.max_new_tokens
+    rows = data.encode_prompts(prompts, tok, room, Counter())
     summary, scores = {}, []
     for name, model in ("policy", policy), ("against", against):
         batches, texts = respond(model, tok, rows, cfg.max_new_tokens, cfg.temperature)
         scores.append(score_batches(judge, batches, cfg.dtype))
-        numbers = dict(score=sum(scores[-1]) / len(rows), **describe(model, against, batches, texts, cfg))
+        numbers = describe(model, against, batches, texts, cfg)
+        numbers = dict(score=sum(scores[-1]) / len(rows), **numbers)
         summary |= {f"{key}_{name}": x for key, x in numbers.items()}
     rate, low, high = win_rate(*scores)
     return dict(win_rate=rate, win_rate_low=low, win_rate_high=high) | summary
 
 
 def held_out_prompts(files, n, seed):
-    """Prompts that no stage has trained on: of the files, or else of the built-in world. -> texts"""
+    """Prompts that no stage has trained on: of the files, or of the built-in world. -> texts"""
     if not files:
         return environment.prompts(n, seed, held_out=True)
     records = [dict(prompt=prompt) for prompt in data.prompts(files)[0]]
@@ -149,15 +152,18 @@ def main(cfg):
     if Path(cfg.judge).is_file():
         scores = choices(cfg.judge)
         rate, low, high = win_rate(*scores)
-        print(f"chosen by people in {rate:.1%} of {len(scores[0])} comparisons (95 %: {low:.1%} to {high:.1%})")
+        print(f"win rate {rate:.3f} (95 %: {low:.3f} to {high:.3f}) over {len(scores[0])} choices")
         return
     policy, against = (GPT.load(folder).to(device) for folder in (cfg.policy, cfg.against))
     tok = tokenizer.load(cfg.policy)
-    judge = true_reward(tok) if cfg.judge == "env" else reward.by_model(reward.load(cfg.judge).to(device))
+    if cfg.judge == "env":
+        judge = true_reward(tok)
+    else:
+        judge = reward.by_model(reward.load(cfg.judge).to(device))
     prompts = held_out_prompts(cfg.data, cfg.prompts, cfg.seed)
     summary = compare(policy, against, tok, prompts, judge, cfg)
     print(f"win rate {summary['win_rate']:.3f} (95 %: {summary['win_rate_low']:.3f} to "
-          f"{summary['win_rate_high']:.3f}) over {len(prompts)} held-out prompts, judged by {cfg.judge}\n")
+          f"{summary['win_rate_high']:.3f}) over {len(prompts)} held-out prompts, by {cfg.judge}\n")
     names = [key.removesuffix("_policy") for key in summary if key.endswith("_policy")]
     print(f"{'':16}{cfg.policy:>14}{cfg.against:>14}")
     for name in names:

@@ -4,7 +4,6 @@ One causal pass over the prompts fills the key-value cache; then one token a ste
 row at its own position. Shapes never change while decoding.
 """
 import torch
-import torch.nn.functional as F
 
 from nanorlhf import UserError
 from nanorlhf.logprobs import log_softmax
@@ -36,24 +35,26 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=None, pad=0):
     # the row's position, and with it the attention mask, ever reaches that far.
     cache = KVCache(model.config, B, P + R, device, model.transformer.wte.weight.dtype)
     positions = torch.arange(P, device=device).expand(B, P)
-    hidden = model.transformer(tokens[:, :P], cache, positions)[rows, prompt_len - 1]        # (B, C)
+    hidden = model.transformer(tokens[:, :P], cache, positions)[rows, prompt_len - 1]       # (B, C)
     for r in range(R):
         token = torch.where(alive, sample(model.head(hidden), temperature), pad)
         tokens[rows, prompt_len + r] = token
         mask[:, r] = alive
         if eos is not None:
             alive = alive & (token != eos)
-        if r == R - 1 or r % 8 == 7 and not alive.any():   # asking costs a wait for the device: rarely
+        if r == R - 1 or r % 8 == 7 and not alive.any():   # asking waits for the device
             break
-        at = (prompt_len + r)[:, None]                                                       # (B, 1)
+        at = (prompt_len + r)[:, None]                                                      # (B, 1)
         hidden = model.transformer(token[:, None], cache, at)[:, 0]
     R = max(1, int(mask.sum(1).max()))
     return tokens[:, :P + R], prompt_len, mask[:, :R]
 
 
 def sample(logits, temperature):
-    """One token a row, drawn by inverting the cumulative distribution: one uniform number a row, six
-    times faster on a CPU than torch.multinomial. (B, V) -> (B,)"""
+    """One token a row, drawn by inverting the cumulative distribution. (B, V) -> (B,)
+
+    One uniform number a row: six times faster on a CPU than torch.multinomial.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = log_softmax(logits, temperature).exp().cumsum(-1)

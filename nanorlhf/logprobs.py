@@ -1,4 +1,4 @@
-"""What a model says of a response: log-probs, entropy, KL estimators, and means that respect the mask.
+"""What a model says of a response: log-probs, entropy, KL, and means that respect the mask.
 
 Everything past `response_window` is response-aligned: column r of a (B, R) tensor belongs to the
 r-th token of the response, and no caller ever writes an index minus one.
@@ -27,11 +27,11 @@ def whiten(x, mask, shift_mean=True):
 def response_window(x, prompt_len, R):
     """The R positions whose outputs score the response: prompt_len - 1 ... prompt_len + R - 2.
 
-    The output at position t speaks about the token at t + 1, so a row's window starts one before its
-    response. x (B, T, ...), prompt_len (B,) -> (B, R, ...)
+    The output at position t speaks about the token at t + 1, so a row's window starts one before
+    its response. x (B, T, ...), prompt_len (B,) -> (B, R, ...)
     """
     at = prompt_len[:, None] - 1 + torch.arange(R, device=x.device)          # (B, R)
-    at = at.clamp(max=x.shape[1] - 1)                     # short rows: columns that the mask leaves out
+    at = at.clamp(max=x.shape[1] - 1)                 # short rows: the mask leaves these out
     return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
@@ -43,8 +43,10 @@ def response_tokens(tokens, prompt_len, R):
 # --- log-probs -----------------------------------------------------------------------------------
 
 def log_softmax(logits, temperature=1.0):
-    """Log-probs of every token, in float32. The sampler and the scorer both call this and nothing else,
-    so a policy sampled at T = 0.7 is scored at T = 0.7. (..., V) -> (..., V)
+    """Log-probs of every token, in float32. (..., V) -> (..., V)
+
+    The sampler and the scorer call this and nothing else, so a policy sampled at T = 0.7 is scored
+    at T = 0.7.
     """
     return (logits.float() / temperature).log_softmax(-1)
 
@@ -85,6 +87,6 @@ def kl_k2(logprobs, ref_logprobs):
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """exp(d) - 1 - d with d = ref - policy: unbiased, never negative, less noisy. This is logged."""
-    d = (ref_logprobs - logprobs).clamp(max=20)      # exp overflows where the reference is far likelier
+    """exp(d) - 1 - d with d = ref - policy: unbiased, never negative, less noisy. Logged."""
+    d = (ref_logprobs - logprobs).clamp(max=20)  # exp overflows where the reference is far likelier
     return d.expm1() - d             # exp(d) - 1 would lose every digit of a small d

@@ -1,10 +1,10 @@
 """GPT-2's architecture by hand: one trunk, two heads.
 
     GPT        tokens (B, T) -> logits (B, T, V)     what comes next
-    ScalarGPT  tokens (B, T) -> (B, T)               how good it is so far: reward models and critics
+    ScalarGPT  tokens (B, T) -> (B, T)               how good so far: reward models, critics
 
-Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's weights load, and what is
-saved here opens in other libraries as GPT-2.
+Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's weights load, and
+what is saved here opens in other libraries as GPT-2.
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +25,11 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    dropout: float = 0.0      # only while imitating or learning a reward; PPO compares exact log-probs
+    dropout: float = 0.0   # for SFT and reward models; PPO compares exact log-probs
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise UserError(f"expected n_head to divide n_embd, came {self.n_head} and {self.n_embd}")
+            raise UserError(f"n_head must divide n_embd, came {self.n_head} and {self.n_embd}")
 
 
 class KVCache:
@@ -57,10 +57,10 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, cache=None, positions=None):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)           # (B, H, T, D)
+        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)        # (B, H, T, D)
                    for y in self.c_attn(x).split(C, dim=2))
         if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions)                             # (B, H, S, D)
+            k, v = cache.update(self.layer, k, v, positions)                          # (B, H, S, D)
             q = q.to(k.dtype)
         y = attend(q, k, v, mask).transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -102,8 +102,8 @@ class Transformer(nn.Module):
         self.apply(self._init)
 
     def _init(self, module):
-        # Linear layers keep the variance of what passes through them at every width. GPT-2's own 0.02
-        # suits a width of 768; at 128 it starts so small that copying from the prompt is never learnt.
+        # Linear layers keep the variance of what passes through them at every width. GPT-2's own
+        # 0.02 suits a width of 768; at 128 it is so small that copying is never learnt.
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
             nn.init.zeros_(module.bias)
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=0.1)
 
     def forward(self, tokens, cache=None, positions=None):
-        """With a cache, tokens (B, T) stand at positions (B, T) and see all that was cached before."""
+        """With a cache, tokens (B, T) stand at positions (B, T) and see what was cached before."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
             mask = causal_mask(tokens.shape[1], tokens.device)                           # (T, T)
         else:
             S = cache.k[0].shape[2]
-            mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]       # (B, 1, T, S)
+            mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
         for block in self.h:
             x = block(x, mask, cache, positions)
         return self.ln_f(x)
@@ -140,7 +140,8 @@ class _Pretrained(nn.Module):
 
     def __str__(self):
         c, size = self.config, sum(p.numel() for p in self.parameters())
-        return f"{c.n_layer} layers x {c.n_embd}, {size / 1e6:.2f} M parameters, vocabulary {c.vocab_size:,}"
+        return (f"{c.n_layer} layers x {c.n_embd}, {size / 1e6:.2f} M parameters, "
+                f"vocabulary {c.vocab_size:,}")
 
     def save(self, folder, **extra):
         """Write config.json and model.safetensors; extra goes into config.json."""
@@ -159,11 +160,11 @@ class _Pretrained(nn.Module):
         model begins from a language model."""
         config, tensors = checkpoint.load(folder)
         try:
-            model = cls(GPTConfig(*(config[key] for key in
-                                    ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")), dropout))
+            names = "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"
+            model = cls(GPTConfig(*(config[name] for name in names), dropout))
         except KeyError as missing:
-            raise UserError(f"{Path(folder) / 'config.json'} is not a GPT-2 configuration: it has no "
-                            f"{missing}") from None
+            path = Path(folder) / "config.json"
+            raise UserError(f"{path} is no GPT-2 configuration: it has no {missing}") from None
         # Published GPT-2 files name the trunk's weights without the prefix.
         tensors = {name if name.startswith(("transformer.", "score.")) else f"transformer.{name}":
                    _stored(name, w) for name, w in tensors.items()}
@@ -172,9 +173,10 @@ class _Pretrained(nn.Module):
                 raise UserError(f"{folder} holds no weight {name}; expected a GPT-2 model of "
                                 f"{config['n_layer']} layers")
             if name in tensors and tensors[name].shape != w.shape:
-                raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, but config.json "
+                raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json "
                                 f"asks for {tuple(w.shape)}")
-        model.load_state_dict({n: tensors[n] for n in model.state_dict() if n in tensors}, strict=False)
+        known = {name: tensors[name] for name in model.state_dict() if name in tensors}
+        model.load_state_dict(known, strict=False)
         return model.eval()
 
 
@@ -203,7 +205,7 @@ class ScalarGPT(_Pretrained):
     def __init__(self, config):
         super().__init__(config)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=(config.n_embd + 1) ** -0.5)    # Stiennon et al. 2020
+        nn.init.normal_(self.score.weight, std=(config.n_embd + 1) ** -0.5)   # Stiennon et al. 2020
 
     def save(self, folder, **extra):
         super().save(folder, num_labels=1, **extra)

@@ -7,9 +7,9 @@
 In: a policy, the frozen reference it started from, a critic, a score function and prompts. Out: the
 policy, better. Functions stand in the order in which they are called.
 
-Left out on purpose: reward whitening, which made things worse for those who measured it (Huang et al.
-2024); an entropy bonus, as the KL price already keeps the policy from collapsing; top-k and top-p
-sampling, since the tokens would come from another distribution than the one that is scored.
+Left out on purpose: reward whitening, which made things worse for those who measured it (Huang et
+al. 2024); an entropy bonus, as the KL price already keeps the policy from collapsing; top-k and
+top-p sampling, since the tokens would come from another distribution than the one that is scored.
 """
 import time
 from dataclasses import dataclass, field, fields
@@ -22,8 +22,18 @@ from nanorlhf.advantages import gae
 from nanorlhf.config import autocast
 from nanorlhf.data import endless
 from nanorlhf.generate import generate
-from nanorlhf.logprobs import (entropy, kl_k1, kl_k3, masked_mean, response_logits, response_logprobs,
-                               response_tokens, response_window, token_logprobs, whiten)
+from nanorlhf.logprobs import (
+    entropy,
+    kl_k1,
+    kl_k3,
+    masked_mean,
+    response_logits,
+    response_logprobs,
+    response_tokens,
+    response_window,
+    token_logprobs,
+    whiten,
+)
 
 
 @dataclass
@@ -43,7 +53,7 @@ class PPOConfig:
     learning_rate: float = 3e-4       # of the policy, at the first step; falls to zero
     critic_learning_rate: float = 1e-3  # of the critic, likewise
     kl_coef: float = 0.05             # price of one nat away from the reference
-    kl_target: float = 0.0            # nats a response that the price is adapted to reach; 0: fixed price
+    kl_target: float = 0.0      # nats a response for the price to aim at; 0: fixed price
     gamma: float = 1.0                # discount; a response is short, so none
     lam: float = 0.95                 # GAE: 0 trusts the critic, 1 trusts the rewards
     clip: float = 0.2                 # how far the ratio may move a token's probability
@@ -90,9 +100,10 @@ def collect(policy, reference, critic, score, prompts, cfg, kl_coef, eos, pad):
     score: a plain function, (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,) -> Rollout
     """
     # 1. Respond. The models are in eval mode throughout: dropout would change the log-probs.
-    tokens, prompt_len, mask = generate(policy, prompts, cfg.max_new_tokens, cfg.temperature, eos, pad)
+    tokens, prompt_len, mask = generate(policy, prompts, cfg.max_new_tokens, cfg.temperature,
+                                        eos, pad)
     R = mask.shape[1]
-    chosen = response_tokens(tokens, prompt_len, R)                                          # (B, R)
+    chosen = response_tokens(tokens, prompt_len, R)                                         # (B, R)
     ended = ((chosen == eos) & mask).any(1)                                                  # (B,)
 
     # 2. Measure. Old log-probs come from the same forward pass as the update's, not from the
@@ -118,12 +129,12 @@ def collect(policy, reference, critic, score, prompts, cfg, kl_coef, eos, pad):
 
 
 def shape_rewards(scores, kl, mask, kl_coef):
-    """Every token pays for its KL; the last token also earns the score (Ziegler et al. 2019, eq. 2).
+    """Every token pays for its KL; the last one also earns the score (Ziegler et al. 2019, eq. 2).
 
     scores (B,), kl (B, R), mask (B, R) -> rewards (B, R)
     """
     rewards = -kl_coef * kl * mask
-    last = mask.sum(1) - 1                                     # (B,) the end token, or where it was cut off
+    last = mask.sum(1) - 1                             # (B,) the end token, if it has one
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
 
@@ -133,8 +144,8 @@ def shape_rewards(scores, kl, mask, kl_coef):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated so that we minimise it.
 
-    The minimum takes the clipped term only where it is the worse one: a token that has already moved
-    far enough in its good direction gets no further push. All (B, R) -> scalar
+    The minimum takes the clipped term only where it is the worse one: a token that has already
+    moved far enough in its good direction gets no further push. All (B, R) -> scalar
     """
     ratio = (logprobs - old_logprobs).exp()                                    # 1 on the first pass
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -153,17 +164,19 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 def update(policy, critic, optimizers, rollout, cfg):
     """A few epochs of minibatches over one rollout. -> metrics, averaged over the minibatches"""
     metrics, count = {}, 0
-    for epoch in range(cfg.epochs):
-        for rows in torch.randperm(len(rollout.tokens), device=policy.device).chunk(cfg.minibatches):
+    for _ in range(cfg.epochs):
+        for rows in torch.randperm(len(rollout.tokens)).chunk(cfg.minibatches):
             batch = rollout[rows]
             R = batch.mask.shape[1]
             with autocast(policy.device, cfg.dtype):
-                logprobs = response_logprobs(policy, batch.tokens, batch.prompt_len, R, cfg.temperature)
+                logprobs = response_logprobs(policy, batch.tokens, batch.prompt_len, R,
+                                             cfg.temperature)
                 values = response_window(critic(batch.tokens), batch.prompt_len, R)
             if count == 0:
                 check_ratio(logprobs.detach(), batch)
-            losses = (policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, cfg.clip),
-                      value_loss(values, batch.old_values, batch.returns, batch.mask, cfg.value_clip))
+            losses = (
+                policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, cfg.clip),
+                value_loss(values, batch.old_values, batch.returns, batch.mask, cfg.value_clip))
             norms = [step(model, optimizer, loss, cfg.grad_clip)
                      for model, optimizer, loss in zip((policy, critic), optimizers, losses)]
 
@@ -183,11 +196,11 @@ def step(model, optimizer, loss, grad_clip):
 
 
 def check_ratio(logprobs, batch):
-    """Before the first step nothing has moved, so the ratio is 1. Where it is not, sampler and scorer
-    differ (temperature, dropout, a shift by one), and nothing that follows would mean anything."""
+    """Before the first step nothing has moved, so the ratio is 1. Where it is not, sampler and
+    scorer differ (temperature, dropout, a shift by one), and what follows would mean nothing."""
     ratio = (logprobs - batch.old_logprobs)[batch.mask].exp()
     gap = (ratio - 1).abs().mean().item()
-    assert gap < 0.01, f"the ratio on the first minibatch is off by {gap:.3g} on average, expected 1"
+    assert gap < 0.01, f"the first minibatch's ratio is off by {gap:.3g} on average: expected 1"
 
 
 def diagnose(logprobs, batch, clip, losses, norms):
@@ -208,16 +221,16 @@ def summarise(rollout):
     error, returns = rollout.returns - rollout.old_values, rollout.returns[mask]
     return dict(
         score=rollout.scores.mean(),
-        kl=(kl_k1(rollout.old_logprobs, rollout.ref_logprobs) * mask).sum(1).mean(),         # nats a response
+        kl=(kl_k1(rollout.old_logprobs, rollout.ref_logprobs) * mask).sum(1).mean(),
         kl_k3=(kl_k3(rollout.old_logprobs, rollout.ref_logprobs) * mask).sum(1).mean(),
-        entropy=masked_mean(rollout.entropy, mask),                                          # nats a token
+        entropy=masked_mean(rollout.entropy, mask),                                   # nats a token
         response_len=mask.sum(1).float().mean(),
         ended=rollout.ended.float().mean(),
         explained_variance=1 - error[mask].var() / returns.var().clamp(min=1e-8))
 
 
 def adapt(kl_coef, kl, cfg):
-    """The KL price of the next round: dearer above the target, cheaper below (Ziegler et al. 2019, 2.2)."""
+    """The next round's KL price: dearer above the target, cheaper below (Ziegler et al. 2019)."""
     if not cfg.kl_target:
         return kl_coef
     error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
@@ -240,7 +253,8 @@ def train(policy, reference, critic, score, prompts, eos, pad, cfg, log):
         began = time.perf_counter()
         for optimizer, rate in zip(optimizers, (cfg.learning_rate, cfg.critic_learning_rate)):
             optimizer.param_groups[0]["lr"] = rate * (1 - number / cfg.steps)
-        rollout = collect(policy, reference, critic, score, next(batches), cfg, seen["kl_coef"], eos, pad)
+        rollout = collect(policy, reference, critic, score, next(batches), cfg, seen["kl_coef"],
+                          eos, pad)
         losses = update(policy, critic, optimizers, rollout, cfg)
 
         metrics = {name: x.item() for name, x in summarise(rollout).items()} | losses

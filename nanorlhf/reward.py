@@ -1,8 +1,8 @@
 """A Bradley-Terry reward model: from choices between two responses to one number a response.
 
 The SFT model's trunk with a scalar head, read at the last token of the response, one pass over the
-comparisons with a learning rate annealed to zero (Ouyang et al. 2022, section 3.5). Afterwards shifted
-and scaled so that the SFT model's own samples score mean 0 and standard deviation 1.
+comparisons with a learning rate annealed to zero (Ouyang et al. 2022, section 3.5). Afterwards
+shifted and scaled so that the SFT model's own samples score mean 0 and standard deviation 1.
 """
 import importlib.util
 import math
@@ -25,10 +25,10 @@ class RMConfig:
     """Learn from comparisons how good a response is."""
     out: str = "out/rm"               # the run folder
     sft: str = "out/sft"              # whose trunk it starts from, and whose samples are compared
-    data: list[str] = field(default_factory=list)  # files of preferences; none: the built-in annotators
-    prompts: int = 2200               # prompts to sample responses to (built-in world)
+    data: list[str] = field(default_factory=list)  # files of preferences; none: the built-in world
+    prompts: int = 3000               # prompts to sample responses to (built-in world)
     responses: int = 4                # a prompt; annotators compare every two of them
-    annotator_temperature: float = 0.45  # how unsure annotators are: they err on about 14 % of pairs
+    annotator_temperature: float = 0.45  # of annotators: they err on about 13 % of pairs
     max_new_tokens: int = 80          # longest sampled response
     held_out_prompts: int = 1000      # prompts to measure on, one comparison each (built-in world)
     steps: int = 0                    # updates; 0: one pass over the comparisons
@@ -49,7 +49,7 @@ class RMConfig:
 def bradley_terry_loss(chosen, rejected):
     """-log P(chosen beats rejected), P = sigmoid(chosen - rejected)   (Bradley & Terry 1952)
 
-    Only differences count, so the scores of two reward models cannot be compared. (B,), (B,) -> scalar
+    Only differences count, so scores of two reward models cannot be compared. (B,), (B,) -> scalar
     """
     return -F.logsigmoid(chosen - rejected).mean()
 
@@ -66,7 +66,7 @@ def by_prompt(pairs):
     """Pairs of rows -> one group a prompt: (rows, comparisons), each response once.
 
     All comparisons of a prompt go into one batch, so that each response is read once however often
-    it was compared (Ouyang et al. 2022, section 3.5). comparisons: list of (chosen, rejected) indices
+    it was compared (Ouyang et al. 2022, section 3.5). comparisons: (chosen, rejected) indices
     """
     groups = {}
     for pair in pairs:
@@ -110,7 +110,8 @@ def train(model, groups, pad, cfg, log):
             scores = score(model, tokens, prompt_len, mask)
         loss = bradley_terry_loss(scores[chosen], scores[rejected])
         for group in optimizer.param_groups:
-            group["lr"] = group["times"] * cfg.learning_rate * min((step + 1) / 20, 1 - step / steps)
+            anneal = min((step + 1) / 20, 1 - step / steps)
+            group["lr"] = group["times"] * cfg.learning_rate * anneal
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -128,10 +129,10 @@ def train(model, groups, pad, cfg, log):
 
 @torch.no_grad()
 def normalise(model, rows, pad, dtype):
-    """Shift and scale the model so that these rows, the SFT model's samples, score mean 0, deviation 1.
+    """Shift and scale the model so that rows, the SFT model's samples, score mean 0, deviation 1.
 
-    The shift goes into the last LayerNorm's bias and the scale into the head, so the network needs no
-    extra part that another library would not know. -> the mean and deviation that were taken out
+    The shift goes into the last LayerNorm's bias and the scale into the head, so the network needs
+    no part that another library would not know. -> the mean and deviation that were taken out
     """
     scores = score_rows(model, rows, pad, dtype)
     mean, std = scores.mean(), scores.std()
@@ -161,7 +162,8 @@ def report(model, pairs, pad, dtype):
     chosen, rejected = (score_rows(model, rows, pad, dtype) for rows in zip(*pairs))
     margin = (chosen - rejected).cpu()
     low, high = interval((margin > 0).sum().item(), len(margin))
-    longer = sum((len(c) > len(r)) + 0.5 * (len(c) == len(r)) for (c, _), (r, _) in pairs) / len(pairs)
+    longer = sum((len(c) > len(r)) + 0.5 * (len(c) == len(r)) for (c, _), (r, _) in pairs)
+    longer /= len(pairs)
     table = calibration(margin)
     return dict(
         accuracy=(margin > 0).float().mean().item(), accuracy_low=low, accuracy_high=high,
@@ -182,7 +184,7 @@ def calibration(margin, bins=5):
 
 
 def interval(successes, n, z=1.96):
-    """95 % interval of a proportion (Wilson 1927): never leaves [0, 1], right for small n as well."""
+    """95 % interval of a proportion (Wilson 1927): never leaves [0, 1], good for small n."""
     p, centre = successes / n, (successes + z * z / 2) / (n + z * z)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return centre - half, centre + half
@@ -191,7 +193,7 @@ def interval(successes, n, z=1.96):
 # --- scores for PPO: plain functions (tokens, prompt_len, mask) -> (B,) --------------------------
 
 def load(folder):
-    """A reward model that was saved in a folder. -> ScalarGPT, called with tokens (B, T) -> (B, T)"""
+    """The reward model saved in a folder. -> ScalarGPT: tokens (B, T) -> (B, T)"""
     return ScalarGPT.load(folder)
 
 
@@ -200,7 +202,7 @@ def by_model(reward_model):
 
 
 def by_text(function, tokenizer):
-    """A function of (prompt, response) texts: list of pairs -> list of floats, as a score function."""
+    """A function (list of (prompt, response) texts -> list of floats) as a score function."""
     def scores(tokens, prompt_len, mask):
         responses = response_tokens(tokens, prompt_len, mask.shape[1])
         pairs = [(tokenizer.decode(row[:n].tolist()), tokenizer.decode(response[kept].tolist()))
@@ -221,7 +223,7 @@ def load_function(name):
     """FILE.py:FUNCTION -> the function."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
-        raise UserError(f"--reward: expected rm, env or FILE.py:FUNCTION, got {name}; no file {path!r}")
+        raise UserError(f"--reward: expected rm, env or FILE.py:FUNCTION, got {name}: no such file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -5,6 +5,7 @@ this same file. In: a GPT and rows (tokens, prompt_len). Out: the GPT, better.
 """
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ class SFTConfig:
     n_head: int = 4                   # attention heads
     n_embd: int = 128                 # channels
     block_size: int = 160             # longest sequence, in tokens
-    dropout: float = 0.0              # worth having where data is scarce; the built-in world has plenty
+    dropout: float = 0.0          # worth having where data is scarce
     steps: int = 1000                 # updates
     batch_size: int = 16              # sequences an update; many small steps beat few large ones
     learning_rate: float = 2e-3       # peak, after the warm-up
@@ -84,6 +85,7 @@ def train(model, rows, held_out, pad, cfg, log):
     if cfg.resume:
         seen = checkpoint.load_state(cfg.out, parts)
     batches = endless(rows, cfg.batch_size, cfg.seed, seen["step"])
+    measure = partial(held_out_loss, model, held_out, pad, cfg.batch_size, cfg.dtype)
 
     for step in log.steps(seen["step"], cfg.steps):
         model.train()
@@ -100,8 +102,8 @@ def train(model, rows, held_out, pad, cfg, log):
         seen = dict(step=step + 1, tokens=seen["tokens"] + mask.sum().item())
         metrics = dict(loss=mean_loss, lr=learning_rate(step, cfg), grad_norm=grad_norm)
         if seen["step"] % cfg.save_every == 0 or seen["step"] == cfg.steps:
-            metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg.batch_size, cfg.dtype)
+            metrics["held_out_loss"] = measure()
             checkpoint.save_state(cfg.out, parts, **seen)
         log.write(step, **metrics)
-    final = held_out_loss(model, held_out, pad, cfg.batch_size, cfg.dtype)
+    final = measure()
     return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=seen["tokens"])
