@@ -11,7 +11,7 @@ from nanorlhf.evaluate import held_out_prompts, respond
 from nanorlhf.generate import responses
 from nanorlhf.model import GPT, ScalarGPT
 from nanorlhf.plotting import curves
-from nanorlhf.runlog import RunLog, open_run
+from nanorlhf.runlog import RunLog, open_run, samples
 
 PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accuracy"]),
           ("Margin", "chosen - rejected", ["margin"]), ("Gradient norm", "", ["grad_norm"])]
@@ -51,6 +51,7 @@ def main(cfg):
     model.save(cfg.out, reward_mean=mean, reward_std=std)
     tok.save(cfg.out)
     summary = log.finish(**summary, **found, **ceiling)
+    samples(cfg.out, *scored_pairs(model, tok, held_out[:3], cfg), ("chosen", "rejected"))
     curves(cfg.out, PANELS)
     tell(summary, table, cfg)
 
@@ -79,6 +80,16 @@ def sample_rows(model, tok, prompts, cfg):
     sampled = [response for batch in batches for response in responses(*batch)]
     return [(prompt + response, len(prompt))
             for prompt, response in zip(prompts, sampled, strict=True)]
+
+
+def scored_pairs(model, tok, pairs, cfg):
+    """Pairs to read: (prompt, response and its score), first of the chosen, then of the rejected."""
+    sides = []
+    for rows in zip(*pairs):
+        scores = reward.score_rows(model, rows, tok.pad, cfg.dtype)
+        sides.append([(tok.decode(tokens[:n]), f"{tok.decode(tokens[n:])}  ({score:+.2f})")
+                      for (tokens, n), score in zip(rows, scores)])
+    return sides
 
 
 def tell(summary, table, cfg):

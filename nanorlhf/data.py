@@ -294,8 +294,8 @@ def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
     An epoch's order depends on the seed and its number alone, so a resumed run goes on as it was.
     """
     if not rows or batch_size < 1:
-        raise UserError(f"expected rows, and a batch size of at least 1; came {len(rows)} rows and "
-                        f"batch size of {batch_size}")
+        raise UserError(f"expected rows, and a batch size of at least 1; "
+                        f"came {len(rows)} rows and a batch size of {batch_size}")
     for epoch in itertools.count():
         batches = by_length(rows, batch_size, random.Random(f"{seed} {epoch}"), length)
         for batch in batches[start:]:

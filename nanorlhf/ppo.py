@@ -46,13 +46,13 @@ class PPOConfig:
     data: list[str] = field(default_factory=list)  # files of prompts; none: the built-in world
     prompts: int = 4000               # distinct prompts to train on (built-in world)
     eval_prompts: int = 500           # held-out prompts for the win rate
-    steps: int = 100                  # rounds of collect and update
+    steps: int = 60                   # rounds of collect and update
     batch_size: int = 64              # responses a round
     epochs: int = 2                   # passes over them
     minibatches: int = 2              # gradient steps a pass
     learning_rate: float = 3e-4       # of the policy, at the first step; falls to zero
     critic_learning_rate: float = 1e-3  # of the critic, likewise
-    kl_coef: float = 0.05             # price of one nat away from the reference
+    kl_coef: float = 0.1              # price of one nat away from the reference
     kl_target: float = 0.0      # nats a response for the price to aim at; 0: fixed price
     gamma: float = 1.0                # discount; a response is short, so none
     lam: float = 0.95                 # GAE: 0 trusts the critic, 1 trusts the rewards
