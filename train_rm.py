@@ -83,7 +83,7 @@ def sample_rows(model, tok, prompts, cfg):
 
 
 def scored_pairs(model, tok, pairs, cfg):
-    """Pairs to read: (prompt, response and its score), first of the chosen, then of the rejected."""
+    """Pairs to read: (prompt, response and its score), first the chosen, then the rejected."""
     sides = []
     for rows in zip(*pairs):
         scores = reward.score_rows(model, rows, tok.pad, cfg.dtype)
