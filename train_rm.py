@@ -20,16 +20,17 @@ PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accu
 def main(cfg):
     device = setup(cfg)
     sft, tok = GPT.load(cfg.sft).to(device), tokenizer.load(cfg.sft)
-    open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"))
-
-    # Comparisons: from files, or of the SFT model's own samples by the built-in annotators.
-    ceiling = {}
     if cfg.data:
         records, counts = data.preferences(cfg.data)
         train, held_out = (data.encode_pairs(side, tok, sft.config.n_positions, counts)
                            for side in data.split(records))
         print(f"data      {data.describe(counts)}")
+    open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
+    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"))   # its clock starts here
+
+    # Comparisons: from files, or of the SFT model's own samples by the built-in annotators.
+    ceiling = {}
+    if cfg.data:
         groups = reward.by_prompt(train)
     else:
         groups, _ = compare_samples(sft, tok, cfg.prompts, cfg.responses, cfg, held_out=False)
@@ -41,6 +42,7 @@ def main(cfg):
 
     model = ScalarGPT.load(cfg.sft).to(device)
     print(f"model     {model}, on {device}")
+    log.every = max(1, len(groups) // cfg.batch_size // 20)
     summary = reward.train(model, groups, tok.pad, cfg, log)
 
     # How good is it? Then shift and scale: 0 is the SFT model's average, 1 its deviation.

@@ -10,7 +10,6 @@ that a notebook has chosen: in a notebook, a figure at the end of a cell is show
 
 import argparse
 import io
-import json
 import textwrap
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from nanorlhf import UserError
+from nanorlhf.runlog import read
 
 INK, GREY, PALE = "#22272e", "#8a9099", "#e9eaec"
 COLOURS = dict(
@@ -88,18 +88,12 @@ def overlay(folders):
 
 def history(folder):
     """log.jsonl -> {metric: (steps, values)}; a metric need not be in every line."""
-    path = Path(folder) / "log.jsonl"
     log = {}
-    try:
-        for line in path.read_text().split("\n")[:-1]:  # a crash can cut the last line short
-            row = json.loads(line)
-            step = row.pop("step")
-            for name, value in row.items():
-                steps, values = log.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(value)
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise UserError(f"expected the log of a run, {path}, and cannot read one") from None
+    for row in read(folder):
+        for name in row.keys() - {"step"}:
+            steps, values = log.setdefault(name, ([], []))
+            steps.append(row["step"])
+            values.append(row[name])
     return log
 
 

@@ -14,8 +14,8 @@ MODULES = sorted(FILES.keys() - {"__init__"})
 
 # From the bottom to the top; a module imports from floors below its own.
 FLOORS = [
-    "attention tokenizer config runlog checkpoint plotting",
-    "model logprobs environment",
+    "attention tokenizer config runlog checkpoint",
+    "model logprobs environment plotting",
     "generate advantages data",
     "sft reward ppo dpo ilql",
     "evaluate label chat bench doctor",
