@@ -166,7 +166,10 @@ def write(request, rng, care=None):
     rambles, drops a word, or stops in the middle. Each of these has its own part in `gold`.
     """
     care = rng.random() if care is None else care
-    slips = lambda rate: rng.random() < rate * 2 * (1 - care)                        # noqa: E731
+
+    def slips(rate):
+        return rng.random() < 2 * rate * (1 - care)       # an author of middling care slips at it
+
     nouns = dict(hero=rng.choice(HEROES) if slips(.08) else request.hero,
                  thing=rng.choice(THINGS) if slips(.08) else request.thing,
                  place=rng.choice(PLACES) if slips(.08) else request.place)
@@ -224,10 +227,11 @@ def parts(prompt, response):
     words = re.findall(r"\w+", response.lower())
     sentences = [s.strip() for s in re.findall(r"[^.?]+[.?]?", response) if s.strip()]
     moods = {w: MOOD_OF[w] for w in words if w in MOOD_OF}    # distinct: saying it twice is no gain
-    asked = (request.hero, request.thing, request.place)
+    asked = {request.hero, request.thing, request.place}
     fitting = sum(mood == request.mood for mood in moods.values())
     return dict(
-        subject=3 * _mean([any(w in x for w in asked) for x in sentences if x != THE_END.strip()]),
+        subject=3 * _mean([not asked.isdisjoint(re.findall(r"\w+", x)) for x in sentences
+                           if x != THE_END.strip()]),
         hero=_share(request.hero, HEROES, words) / 2,
         thing=_share(request.thing, THINGS, words) / 2,
         place=_share(request.place, PLACES, words) / 2,
@@ -261,7 +265,7 @@ class Annotator:
 
     P(first is chosen) = sigmoid((reward of first - reward of second) / temperature)
     """
-    temperature: float = 1.0     # 0: never wrong; the larger, the noisier
+    temperature: float = 1.0      # 0: never wrong; the larger, the noisier
     likes_length: float = 0.0     # bias: reward for each extra word
     likes_first: float = 0.0      # bias: reward for standing first
     taste: dict = field(default_factory=dict)    # part -> weight, where this person's differ from 1
