@@ -59,7 +59,7 @@ def test_every_way_of_asking_occurs():
     ["", "\n\nHuman: Hi\n\nAssistant:", "Write a spooky story about a fox and the harbor.\n"],
 )
 def test_a_prompt_of_another_world_is_refused_in_a_sentence(prompt):
-    with pytest.raises(UserError, match="the built-in reward judges requests such as"):
+    with pytest.raises(UserError, match="the built-in reward judges requests like"):
         gold(prompt, PERFECT)
 
 

@@ -192,7 +192,7 @@ def test_dropout_is_asked_for_anew_at_every_load(tmp_path):
 
 
 def test_heads_that_do_not_share_the_channels_evenly():
-    with pytest.raises(UserError, match="expected n_head to divide n_embd, came 3 and 16"):
+    with pytest.raises(UserError, match="n_head must divide n_embd, came 3 and 16"):
         GPTConfig(vocab_size=17, n_positions=12, n_layer=2, n_head=3, n_embd=16)
 
 
@@ -211,7 +211,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_a_config_of_another_family(tmp_path):
     damage(tmp_path, config={"n_embd": None})
-    with pytest.raises(UserError, match="config.json is not a GPT-2 configuration.*n_embd"):
+    with pytest.raises(UserError, match="config.json is no GPT-2 configuration.*n_embd"):
         GPT.load(tmp_path)
 
 

@@ -221,7 +221,7 @@ def test_the_first_ratio_is_one():
 
 def test_a_forgotten_temperature_is_caught():
     rollout, policy, _, critic = roll(dataclasses.replace(CFG, temperature=0.5))
-    with pytest.raises(AssertionError, match="ratio on the first minibatch"):
+    with pytest.raises(AssertionError, match="first minibatch's ratio"):
         one_update(policy, critic, rollout, CFG)
     one_update(policy, critic, rollout, dataclasses.replace(CFG, temperature=0.5))
 
@@ -229,7 +229,7 @@ def test_a_forgotten_temperature_is_caught():
 def test_dropout_left_on_is_caught():
     policy, reference, critic = three_models(dropout=0.3)
     rollout = collect(policy, reference, critic, share_of_liked, PROMPTS, CFG, 0.1, EOS, PAD)
-    with pytest.raises(AssertionError, match="ratio on the first minibatch"):
+    with pytest.raises(AssertionError, match="first minibatch's ratio"):
         one_update(policy, critic, rollout, CFG)
 
 
