@@ -32,7 +32,7 @@ COLOURS = dict(
 OTHERS = ("#2b6cb0", "#e0701f", "#2f9e62", "#cf4a4a", "#7d57b5", "#159a9c", "#8a6d3b", "#b5527f")
 UNITS = dict(
     loss="nats / token", perplexity="tokens", kl="nats / response", entropy="nats / token",
-    response_len="tokens", accuracy="fraction", win_rate="fraction", clip_fraction="fraction",
+    response_len="tokens", accuracy="fraction", win_rate="fraction", clip_frac="fraction",
 )  # fmt: skip
 RED_WHITE_BLUE = ["#c8453b", "#fbfaf7", "#2b6cb0"]
 DIVERGING = LinearSegmentedColormap.from_list("", RED_WHITE_BLUE, N=255)  # odd: zero is white
