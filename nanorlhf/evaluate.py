@@ -125,7 +125,8 @@ def compare(policy, against, tok, prompts, judge, cfg):
     rows = data.encode_prompts(prompts, tok, room, Counter())
     summary, scores = {}, []
     for name, model in ("policy", policy), ("against", against):
-        batches, texts = respond(model, tok, rows, cfg.max_new_tokens, cfg.temperature)
+        # 64 at a time, for `describe` holds the logits: 0.6 GB with GPT-2's vocabulary.
+        batches, texts = respond(model, tok, rows, cfg.max_new_tokens, cfg.temperature, 64)
         scores.append(score_batches(judge, batches, cfg.dtype))
         numbers = describe(model, against, batches, texts, cfg)
         numbers = dict(score=sum(scores[-1]) / len(rows), **numbers)
