@@ -157,7 +157,8 @@ def token_strip(pieces, rows, title=""):
 
 def strips(pieces_list, rows_list, titles):
     """Several responses, one below the other; a quantity has one colour scale in all of them."""
-    rows_list = [{k: np.asarray(x, dtype=float) for k, x in rows.items()} for rows in rows_list]
+    rows_list = [{k: np.array([float(x) for x in row]) for k, row in rows.items()}
+                 for rows in rows_list]                                # tensors of any device too
     scales = {}
     for name, row in [item for rows in rows_list for item in rows.items()]:
         scales[name] = max(scales.get(name, 0), np.abs(row[np.isfinite(row)]).max(initial=0))

@@ -6,7 +6,7 @@ itself: it never mixes two runs, and never gives way to other settings unless it
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     log = RunLog(cfg.out, columns=("score", "kl"))
     for step in log.steps(0, cfg.steps):
-        log.write(step, score=0.9, kl=3.2, clip_fraction=0.1)
+        log.write(step, score=0.9, kl=3.2, clip_frac=0.1)
     log.finish(steps=cfg.steps, score=0.9)
 """
 
