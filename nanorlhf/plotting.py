@@ -90,10 +90,11 @@ def history(folder):
     """log.jsonl -> {metric: (steps, values)}; a metric need not be in every line."""
     log = {}
     for row in read(folder):
-        for name in row.keys() - {"step"}:
+        step = row.pop("step")
+        for name, value in row.items():
             steps, values = log.setdefault(name, ([], []))
-            steps.append(row["step"])
-            values.append(row[name])
+            steps.append(step)
+            values.append(value)
     return log
 
 
