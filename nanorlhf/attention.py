@@ -23,7 +23,7 @@ def attend_fused(q, k, v, mask):
 
 
 def attend(q, k, v, mask):
-    """Whichever is faster here: on a CPU, at this project's sizes, the plain form wins twofold."""
+    """Whichever is faster here: on a CPU, at this project's sizes, that is the plain form."""
     return (attend_plain if q.device.type == "cpu" else attend_fused)(q, k, v, mask)
 
 

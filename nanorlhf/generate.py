@@ -53,7 +53,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=None, pad=0):
 def sample(logits, temperature):
     """One token a row, drawn by inverting the cumulative distribution. (B, V) -> (B,)
 
-    One uniform number a row: six times faster on a CPU than torch.multinomial.
+    One uniform number a row, where torch.multinomial draws one for every token of the vocabulary.
     """
     if temperature == 0:
         return logits.argmax(-1)

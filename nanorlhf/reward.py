@@ -109,8 +109,8 @@ def train(model, groups, pad, cfg, log):
         with autocast(model.device, cfg.dtype):
             scores = score(model, tokens, prompt_len, mask)
         loss = bradley_terry_loss(scores[chosen], scores[rejected])
+        anneal = min((step + 1) / 20, 1 - step / steps)
         for group in optimizer.param_groups:
-            anneal = min((step + 1) / 20, 1 - step / steps)
             group["lr"] = group["times"] * cfg.learning_rate * anneal
         optimizer.zero_grad()
         loss.backward()
