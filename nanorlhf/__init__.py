@@ -6,6 +6,7 @@ Read in this order:
     tokenizer.py  attention.py  model.py  generate.py      a small GPT that writes
     logprobs.py  advantages.py           the sums that everything below is made of
     sft.py  reward.py  ppo.py            imitate, judge, improve
+    dpo.py  ilql.py                      other losses that learn from the same data
     evaluate.py                          did it help?
 
 The other files serve these: config.py, runlog.py, checkpoint.py, data.py, plotting.py.

@@ -67,6 +67,15 @@ def win_rate(scores, against):
     return wins / len(scores), *reward.interval(wins, len(scores))
 
 
+def best_of_n_kl(n):
+    """KL(best of n samples || one sample) in nats, log n - (n - 1) / n, whatever the model.
+
+    Exact where no two responses score the same, and an upper bound else (Stiennon et al. 2020,
+    appendix G.3; Beirami et al. 2024).
+    """
+    return math.log(n) - (n - 1) / n
+
+
 @torch.no_grad()
 def describe(model, reference, batches, texts, cfg):
     """What a response is like. -> {name: float}; kl in nats a response, length in tokens"""

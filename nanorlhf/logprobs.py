@@ -43,12 +43,13 @@ def response_tokens(tokens, prompt_len, R):
 # --- log-probs -----------------------------------------------------------------------------------
 
 def log_softmax(logits, temperature=1.0):
-    """Log-probs of every token, in float32. (..., V) -> (..., V)
+    """Log-probs of every token, in float32 or better. (..., V) -> (..., V)
 
     The sampler and the scorer call this and nothing else, so a policy sampled at T = 0.7 is scored
     at T = 0.7.
     """
-    return (logits.float() / temperature).log_softmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits / temperature).log_softmax(-1)
 
 
 def response_logits(model, tokens, prompt_len, R):

@@ -17,7 +17,8 @@ FLOORS = [
     "attention tokenizer config runlog checkpoint",
     "model logprobs environment plotting",
     "generate advantages data",
-    "sft reward ppo dpo ilql",
+    "sft reward",
+    "ppo dpo ilql",
     "evaluate label chat bench doctor",
     "train_sft train_rm train_ppo",
 ]
