@@ -24,8 +24,10 @@ COLUMNS = ("score", "kl", "entropy", "response_len", "ended", "clip_frac", "toke
 
 def main(cfg):
     device = setup(cfg)
-    policy, reference = (GPT.load(cfg.sft).to(device) for _ in range(2))
+    policy, reference = (GPT.load(cfg.sft) for _ in range(2))
     tok = tokenizer.load(cfg.sft)
+    for model in policy, reference:
+        model.resize_vocab(tok.vocab_size).to(device)
     critic, score = reward.load(cfg.rm).to(device), score_function(cfg, tok, device)
 
     if cfg.data:

@@ -19,7 +19,8 @@ PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accu
 
 def main(cfg):
     device = setup(cfg)
-    sft, tok = GPT.load(cfg.sft).to(device), tokenizer.load(cfg.sft)
+    sft, tok = GPT.load(cfg.sft), tokenizer.load(cfg.sft)
+    sft.resize_vocab(tok.vocab_size).to(device)
     if cfg.data:
         records, counts = data.preferences(cfg.data)
         train, held_out = (data.encode_pairs(side, tok, sft.config.n_positions, counts)
@@ -40,7 +41,7 @@ def main(cfg):
     print(f"pairs     {sum(len(wins) for _, wins in groups):,} comparisons of "
           f"{sum(len(rows) for rows, _ in groups):,} responses; {len(held_out):,} held out")
 
-    model = ScalarGPT.load(cfg.sft).to(device)
+    model = ScalarGPT.load(cfg.sft).resize_vocab(tok.vocab_size).to(device)
     print(f"model     {model}, on {device}")
     log.every = max(1, len(groups) // cfg.batch_size // 20)
     summary = reward.train(model, groups, tok.pad, cfg, log)

@@ -3,6 +3,7 @@
     python train_sft.py                                     the built-in world
     python train_sft.py --data books.jsonl.gz --tokenizer gpt2 --out out/base
     python train_sft.py --data hh.jsonl.gz --init out/base --out out/hh-sft
+    python train_sft.py --data hh.jsonl.gz --init gpt2 --learning-rate 5e-5 --out out/hh-gpt2
 """
 from nanorlhf import data, environment, sft, tokenizer
 from nanorlhf.config import run, setup
@@ -28,13 +29,13 @@ def main(cfg):
         train = environment.demonstrations(cfg.demos, cfg.seed)
         held_out = environment.demonstrations(200, cfg.seed, held_out=True)
 
-    # Model: from scratch, or what an earlier run has learnt, with that run's tokenizer.
+    # Model: from scratch, or what an earlier run or GPT-2 has learnt, with its tokenizer.
     tok = load_tokenizer(cfg, train)
     if cfg.init == "scratch":
         model = GPT(GPTConfig(tok.vocab_size, cfg.block_size, cfg.n_layer, cfg.n_head, cfg.n_embd,
                               cfg.dropout))
     else:
-        model = GPT.load(cfg.init, cfg.dropout)
+        model = GPT.load(cfg.init, cfg.dropout).resize_vocab(tok.vocab_size)
     model.to(device)
     block_size = model.config.n_positions
 
@@ -44,7 +45,8 @@ def main(cfg):
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
-    before = answer(model, tok, prompts, block_size // 2, seed=cfg.seed)
+    length = min(block_size // 2, 128)
+    before = answer(model, tok, prompts, length, seed=cfg.seed)
     log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=("loss", "held_out_loss", "lr"))
     held_out_rows = data.encode(held_out, tok, block_size, counts)
     summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
@@ -52,7 +54,7 @@ def main(cfg):
     model.save(cfg.out)
     tok.save(cfg.out)
     summary = log.finish(**summary)
-    samples(cfg.out, before, answer(model, tok, prompts, block_size // 2, seed=cfg.seed))
+    samples(cfg.out, before, answer(model, tok, prompts, length, seed=cfg.seed))
     curves(cfg.out, PANELS)
     print(f"held-out loss {summary['loss']:.3f} nats a token, "
           f"perplexity {summary['perplexity']:.2f}, after {summary['seconds']:.0f} s; "

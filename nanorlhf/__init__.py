@@ -9,7 +9,8 @@ Read in this order:
     dpo.py  ilql.py                      other losses that learn from the same data
     evaluate.py                          did it help?
 
-The other files serve these: config.py, runlog.py, checkpoint.py, data.py, plotting.py.
+The other files serve these: config.py, runlog.py, checkpoint.py, pretrained.py, data.py,
+plotting.py.
 
 Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dimension key:
 

@@ -164,8 +164,12 @@ def main(cfg):
         rate, low, high = win_rate(*scores)
         print(f"win rate {rate:.3f} (95 %: {low:.3f} to {high:.3f}) over {len(scores[0])} choices")
         return
-    policy, against = (GPT.load(folder).to(device) for folder in (cfg.policy, cfg.against))
     tok = tokenizer.load(cfg.policy)
+    if tokenizer.load(cfg.against).ranks != tok.ranks:
+        raise UserError(f"expected two models with one tokenizer, came {cfg.policy} and "
+                        f"{cfg.against} with two")
+    policy, against = (GPT.load(folder).resize_vocab(tok.vocab_size).to(device)
+                       for folder in (cfg.policy, cfg.against))
     if cfg.judge == "env":
         judge = true_reward(tok)
     else:

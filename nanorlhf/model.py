@@ -6,14 +6,14 @@
 Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's weights load, and
 what is saved here opens in other libraries as GPT-2.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanorlhf import UserError, checkpoint
+from nanorlhf import UserError, checkpoint, pretrained
 from nanorlhf.attention import attend, causal_mask
 
 
@@ -155,9 +155,12 @@ class _Pretrained(nn.Module):
 
     @classmethod
     def load(cls, folder, dropout=0.0):
-        """The model saved in a folder, in eval mode. Weights of a head that this class lacks are
-        left aside, and a head that the folder lacks keeps its fresh start: that is how a reward
-        model begins from a language model."""
+        """The model saved in a folder, or published by the name "gpt2", "gpt2-medium" and so on, in
+        eval mode. Weights of a head that this class lacks are left aside, and a head that the
+        folder lacks keeps its fresh start: that is how a reward model begins from a language model.
+        """
+        if folder in pretrained.PUBLISHED:
+            folder = pretrained.fetch(folder)
         config, tensors = checkpoint.load(folder)
         try:
             names = "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"
@@ -178,6 +181,22 @@ class _Pretrained(nn.Module):
         known = {name: tensors[name] for name in model.state_dict() if name in tensors}
         model.load_state_dict(known, strict=False)
         return model.eval()
+
+    @torch.no_grad()
+    def resize_vocab(self, n):
+        """Grow the vocabulary to n tokens, for GPT-2 as published knows no pad token. -> self
+
+        A new row is the mean of the old ones, so its logit is their mean, and its probability below
+        1 / V. A row of zeros has logit 0: GPT-2's real logits are about -35, so it would win all.
+        """
+        rows = self.transformer.wte.weight
+        if n < len(rows):
+            raise UserError(f"expected a tokenizer of at least the model's {len(rows):,} tokens, "
+                            f"came one of {n:,}")
+        rows = torch.cat([rows, rows.mean(0).expand(n - len(rows), -1)])
+        self.transformer.wte = nn.Embedding.from_pretrained(rows, freeze=False)
+        self.config = self.transformer.config = replace(self.config, vocab_size=n)
+        return self
 
 
 def _stored(name, weight):

@@ -23,7 +23,7 @@ class SFTConfig:
     data: list[str] = field(default_factory=list)  # files of records; none: the built-in world
     demos: int = 16000                # demonstrations that the built-in authors write
     tokenizer: str = "builtin"        # builtin (learned from the data), gpt2, or a run folder
-    init: str = "scratch"             # scratch, or the run folder to start from
+    init: str = "scratch"             # scratch, a run folder, or gpt2, gpt2-medium, -large, -xl
     vocab_size: int = 1024            # of a tokenizer that is learned
     n_layer: int = 4                  # size of a model from scratch
     n_head: int = 4                   # attention heads
@@ -86,6 +86,7 @@ def train(model, rows, held_out, pad, cfg, log):
         seen = checkpoint.load_state(cfg.out, parts)
     batches = endless(rows, cfg.batch_size, cfg.seed, seen["step"])
     measure = partial(held_out_loss, model, held_out, pad, cfg.batch_size, cfg.dtype)
+    final = None
 
     for step in log.steps(seen["step"], cfg.steps):
         model.train()
@@ -102,8 +103,9 @@ def train(model, rows, held_out, pad, cfg, log):
         seen = dict(step=step + 1, tokens=seen["tokens"] + mask.sum().item())
         metrics = dict(loss=mean_loss, lr=learning_rate(step, cfg), grad_norm=grad_norm)
         if seen["step"] % cfg.save_every == 0 or seen["step"] == cfg.steps:
-            metrics["held_out_loss"] = measure()
+            final = metrics["held_out_loss"] = measure()
             checkpoint.save_state(cfg.out, parts, **seen)
         log.write(step, **metrics)
-    final = measure()
+    if final is None:       # nothing was left to do
+        final = measure()
     return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=seen["tokens"])

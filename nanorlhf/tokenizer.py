@@ -22,6 +22,7 @@ import tiktoken
 from nanorlhf import UserError
 
 END, PAD = "<|endoftext|>", "<|pad|>"
+GPT2 = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"  # one vocabulary for all
 
 # GPT-2's split: contractions, words, numbers and signs, each with one space before it; no merge
 # crosses from one piece to the next. The ++ forbid backtracking: faster, and the same pieces.
@@ -187,8 +188,8 @@ def spell_vocab(ranks):
 
 
 def load(name_or_folder):
-    """The name "gpt2", or a folder with vocab.json and merges.txt. -> Tokenizer"""
-    if name_or_folder == "gpt2":
+    """One of GPT-2's names, or a folder with vocab.json and merges.txt. -> Tokenizer"""
+    if name_or_folder in GPT2:
         return Tokenizer(gpt2_ranks())
     ranks = read_merges(Path(name_or_folder) / "merges.txt")
     check_vocab(Path(name_or_folder) / "vocab.json", spell_vocab(ranks))

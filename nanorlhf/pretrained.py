@@ -1,0 +1,109 @@
+"""GPT-2's published weights by name: downloaded once, checked, and kept.
+
+In: a name. Out: a folder that model.GPT.load opens, under ~/.cache/nanorlhf or where NANORLHF_CACHE
+says. HF_ENDPOINT names a mirror of huggingface.co.
+
+A broken download goes on where it broke. The weights get their final name last, once their SHA-256
+is right: what bears that name is whole, and no network is asked for it again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+from nanorlhf import UserError
+
+# name: revision, SHA-256 of its model.safetensors, layers, heads, channels
+PUBLISHED = {
+    "gpt2": (  # 0.5 GB
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707", 12, 12, 768),
+    "gpt2-medium": (  # 1.5 GB
+        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd", 24, 16, 1024),
+    "gpt2-large": (  # 3.2 GB
+        "32b71b12589c2f8d625668d2335a01cac3249519",
+        "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce", 36, 20, 1280),
+    "gpt2-xl": (  # 6.4 GB
+        "15ea56dee5df4983c59b2538573817e1667135e2",
+        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a", 48, 25, 1600),
+}  # fmt: skip
+TIMEOUT = 30  # seconds of silence
+
+
+def fetch(name):
+    """The folder with the model of that name, which is downloaded if it is not there. -> Path"""
+    revision, sha256, n_layer, n_head, n_embd = PUBLISHED[name]
+    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{host}/openai-community/{name}/resolve/{revision}/model.safetensors"
+    cache = Path(os.environ.get("NANORLHF_CACHE") or "~/.cache/nanorlhf").expanduser()
+    folder = cache / name
+    weights, part = folder / "model.safetensors", folder / "model.safetensors.part"
+    if weights.exists():
+        return folder
+
+    config = dict(
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new",
+        layer_norm_epsilon=1e-5, vocab_size=50257, n_positions=1024,
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+    )  # fmt: skip
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        came = download(url, part)
+        if came != sha256:
+            part.unlink(missing_ok=True)
+            raise UserError(
+                f"{url}: expected a file of SHA-256 {sha256}, came {came}, and it is removed; "
+                "the same command starts anew"
+            )
+        with suppress(FileNotFoundError):  # another process was first
+            os.replace(part, weights)
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: HF_ENDPOINT is no URL
+        arrived = part.stat().st_size if part.exists() else 0
+        raise UserError(
+            f"cannot download {url} to {folder}: {error}; {arrived:,} bytes have arrived, and the "
+            "same command goes on from there; without a network, put the file there by hand"
+        ) from None
+    return folder
+
+
+def download(url, part):
+    """Complete the file `part` with what it lacks. -> SHA-256 of the whole"""
+    # Opened without truncating, for two processes may be at it: a revision never changes, so they
+    # write the same bytes to the same places.
+    part.touch()
+    with open(part, "r+b") as file:
+        receive(url, file)
+        file.seek(0)
+        os.fsync(file.fileno())  # else a power cut may keep the final name and lose the content
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def receive(url, file):
+    """Ask for everything after the end of the file, and write it there."""
+    start = file.seek(0, os.SEEK_END)
+    request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "nanorlhf"})
+    try:
+        answer = urlopen(request, timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code == 416:  # there is nothing after it
+            return
+        raise
+    with answer:
+        if answer.status != 206:  # a server that knows no ranges sends it all again
+            start = file.seek(0)
+        total = start + (answer.length or 0)
+        settings = dict(initial=start, desc="download", disable=None, leave=False)
+        with tqdm.wrapattr(answer, "read", total, **settings) as body:
+            shutil.copyfileobj(body, file)
+        if answer.length:  # what was announced and has not come
+            raise OSError(f"the connection broke, {answer.length:,} bytes of {total:,} are missing")
