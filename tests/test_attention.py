@@ -6,28 +6,55 @@ import torch
 from nanorlhf.attention import attend, attend_fused, attend_plain, causal_mask
 
 
-def inputs(S=5):
+def inputs(T=5, S=5):
     torch.manual_seed(0)
-    sizes = (2, 3, 5, 4), (2, 3, S, 4), (2, 3, S, 4)  # (B, H, T, D) and twice (B, H, S, D)
+    sizes = (2, 3, T, 16), (2, 3, S, 16), (2, 3, S, 16)  # (B, H, T, D) and twice (B, H, S, D)
     return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
 
 
-def cached_mask():
-    """Five tokens of two rows, at their own positions, before a cache of eight: (B, 1, T, S)"""
-    positions = torch.tensor([[3, 4, 5, 6, 7], [0, 1, 2, 3, 4]])
-    return torch.arange(8) <= positions[:, None, :, None]
+def cached_mask(positions):
+    """Tokens at their own positions (B, T) before a cache of eight. -> (B, 1, T, S)"""
+    return torch.arange(8) <= torch.tensor(positions)[:, None, :, None]
 
 
-@pytest.mark.parametrize("S, mask", [(5, causal_mask(5, "cpu")), (8, cached_mask())])
-def test_plain_equals_fused_in_values_and_gradients(S, mask):
-    found = []
-    for form in attend_plain, attend_fused, attend:
-        q, k, v = inputs(S)
-        out = form(q, k, v, mask)
-        (out * torch.arange(5.0)[:, None]).sum().backward()
-        found.append((out, q.grad, k.grad, v.grad))
-    for other in found[1:]:
-        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found[0], other, strict=True))
+MASKS = {
+    "causal": causal_mask(5, "cpu"),
+    "five tokens and a cache": cached_mask([[3, 4, 5, 6, 7], [0, 1, 2, 3, 4]]),
+    "one token and a cache": cached_mask([[7], [2]]),  # every decoding step looks like this
+}
+
+
+def values_and_gradients(form, mask, dtype=torch.float64):
+    """What comes out of one form, and what flows back to q, k and v; all in float64 again."""
+    T, S = mask.shape[-2:]
+    q, k, v = (x.bfloat16().to(dtype).detach().requires_grad_() for x in inputs(T, S))
+    out = form(q, k, v, mask)
+    (out * torch.arange(1, T + 1, dtype=dtype)[:, None]).sum().backward()
+    return [x.detach().double() for x in (out, q.grad, k.grad, v.grad)]
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_plain_equals_fused_in_values_and_gradients(mask):
+    plain, fused, chosen = (
+        values_and_gradients(form, mask) for form in (attend_plain, attend_fused, attend)
+    )
+    for other in fused, chosen:
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(plain, other, strict=True))
+    assert all(x.abs().max() > 0.1 for x in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_both_forms_lose_no_more_than_the_digits_of_their_type(mask, dtype):
+    """The inputs are numbers that bfloat16 can write, so that only the arithmetic is measured."""
+    exact = values_and_gradients(attend_plain, mask)
+    lost = []
+    for form in attend_plain, attend_fused:
+        found = values_and_gradients(form, mask, dtype)
+        lost.append(torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact)]))
+    plain, fused = lost
+    assert torch.cat(lost).max() < 2 * torch.finfo(dtype).eps
+    assert (plain < 3 * fused).all() and (fused < 3 * plain).all()  # neither form is the rough one
 
 
 @pytest.mark.parametrize("form", [attend_plain, attend_fused])

@@ -114,21 +114,33 @@ def test_tokens_come_up_as_often_as_softmax_of_logits_over_temperature_says(temp
     assert chisquare(drawn, other).pvalue < 1e-6  # the test can tell
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_whole_responses_come_up_as_often_as_their_logprobs_say(model, temperature):
-    torch.manual_seed(0)
-    n = 10_000
-    tokens, prompt_len, mask = generate(model, [[2, 4]] * n, 2, temperature, eos=EOS, pad=PAD)
-    said = response_logprobs(model, tokens, prompt_len, 2, temperature).detach()
-    kinds, at, counts = torch.unique(
-        response_tokens(tokens, prompt_len, 2), dim=0, return_inverse=True, return_counts=True
-    )
-    wanted = torch.zeros(len(kinds)).scatter(0, at, (said * mask).sum(1).exp()) * n
+@torch.no_grad()
+def how_likely(drawn, said):
+    """The p-value of n responses (n, R), if each is as likely as is said of it, (n,)."""
+    n = len(drawn)
+    kinds, at, counts = torch.unique(drawn, dim=0, return_inverse=True, return_counts=True)
+    wanted = torch.zeros(len(kinds)).scatter(0, at, said.exp()) * n
     often = wanted >= 5  # the seldom ones are counted together, as the test asks for
     observed = torch.cat([counts[often], counts[~often].sum()[None]])
     expected = torch.cat([wanted[often], (n - wanted[often].sum()).clamp(min=1e-6)[None]]).double()
     assert often.sum() > 10
-    assert chisquare(observed, expected / expected.sum() * n).pvalue > 1e-3
+    return chisquare(observed, expected / expected.sum() * n).pvalue
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_whole_responses_come_up_as_often_as_their_logprobs_say(model, temperature):
+    """To each of three prompts of one, two and seven tokens, all in one batch."""
+    torch.manual_seed(0)
+    prompts = [[1], [2, 4], [2, 4, 5, 6, 3, 1, 1]]
+    tokens, prompt_len, mask = generate(model, prompts * 6000, 2, temperature, eos=EOS, pad=PAD)
+    drawn = response_tokens(tokens, prompt_len, 2)
+    for i in range(3):
+        found = []
+        for scored_at in temperature, 1.3 * temperature:
+            rows = tokens[i::3], prompt_len[i::3]
+            said = (response_logprobs(model, *rows, 2, scored_at) * mask[i::3]).sum(1)
+            found.append(how_likely(drawn[i::3], said))
+        assert found[0] > 1e-3 and found[1] < 1e-6  # the test can tell
 
 
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
