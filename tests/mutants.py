@@ -1,0 +1,571 @@
+"""Plant defects, one at a time in a copy of the repository, and show which test notices each.
+
+    python tests/mutants.py                 all of them
+    python tests/mutants.py k3 whitening    those whose name contains one of these
+    python tests/mutants.py --list          their names
+
+A defect is caught if a test fails with it that passes without it. A test that cannot even be
+collected has noticed nothing: then the mutant is broken, and has to be mended here.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    name: str
+    pitfall: int  # its number in the table of tests/README.md; 0: not there
+    file: str
+    old: str  # occurs there exactly once
+    new: str
+    test: str  # in tests/: the one that should notice
+
+    def text(self):
+        """The file with the defect in it."""
+        text = (ROOT / self.file).read_text(encoding="utf-8")
+        found = text.count(self.old)
+        assert found == 1, f"{self.name}: the code has moved, {self.old!r} occurs {found} times"
+        return text.replace(self.old, self.new)
+
+
+# fmt: off
+MUTANTS = [
+    # --- log-probs, KL, means ---
+    Mutant("k3 with its arguments reversed", 33, "nanorlhf/logprobs.py",
+           "d = (ref_logprobs - logprobs)", "d = (logprobs - ref_logprobs)",
+           "test_logprobs.py::test_k1_and_k3_are_right_on_average"),
+    Mutant("k1 with its sign reversed", 33, "nanorlhf/logprobs.py",
+           "return logprobs - ref_logprobs", "return ref_logprobs - logprobs",
+           "test_logprobs.py::test_k1_and_k3_are_right_on_average"),
+    Mutant("k2 without its half", 34, "nanorlhf/logprobs.py",
+           "(logprobs - ref_logprobs) ** 2 / 2", "(logprobs - ref_logprobs) ** 2",
+           "test_logprobs.py::test_as_a_loss_k2_has_the_gradient_of_the_kl_and_k1_has_none"),
+    Mutant("k3 that overflows", 35, "nanorlhf/logprobs.py",
+           ".clamp(max=20)", "",
+           "test_logprobs.py::test_k3_does_not_overflow"),
+    Mutant("k3 that loses the digits of a small gap", 35, "nanorlhf/logprobs.py",
+           "d.expm1() - d", "d.exp() - 1 - d",
+           "test_logprobs.py::test_k3_is_never_negative_however_small_the_gap"),
+    Mutant("whitening that keeps the mean", 23, "nanorlhf/logprobs.py",
+           "whitened if shift_mean else", "whitened if not shift_mean else",
+           "test_logprobs.py::test_whiten_by_hand"),
+    Mutant("whitening row by row", 24, "nanorlhf/logprobs.py",
+           "mean = masked_mean(x, mask)",
+           "mean = (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)",
+           "test_logprobs.py::test_whiten_by_hand"),
+    Mutant("whitening by the unbiased variance", 24, "nanorlhf/logprobs.py",
+           "masked_mean((x - mean) ** 2, mask)", "x[mask.bool()].var()",
+           "test_logprobs.py::test_whiten_by_hand"),
+    Mutant("whitening by the moments of the padding too", 24, "nanorlhf/logprobs.py",
+           "mean = masked_mean(x, mask)", "mean = x.mean()",
+           "test_logprobs.py::test_what_stands_behind_the_mask_cannot_change_what_is_whitened"),
+    Mutant("a mean over the padding too", 31, "nanorlhf/logprobs.py",
+           "(x * mask).sum() / mask.sum().clamp(min=1)", "x.float().mean()",
+           "test_logprobs.py::test_masked_mean_counts_tokens_and_not_rows"),
+    Mutant("a mean of the means of the rows", 28, "nanorlhf/logprobs.py",
+           "(x * mask).sum() / mask.sum().clamp(min=1)",
+           "((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()",
+           "test_logprobs.py::test_masked_mean_counts_tokens_and_not_rows"),
+    Mutant("a window one position late", 4, "nanorlhf/logprobs.py",
+           "at = prompt_len[:, None] - 1 +", "at = prompt_len[:, None] +",
+           "test_logprobs.py::test_the_window_begins_one_before_the_response"),
+    Mutant("response tokens one position early", 4, "nanorlhf/logprobs.py",
+           "tokens, prompt_len + 1, R)", "tokens, prompt_len, R)",
+           "test_logprobs.py::test_response_tokens_are_what_follows_the_prompt"),
+    Mutant("no temperature anywhere", 13, "nanorlhf/logprobs.py",
+           "(logits / temperature)", "logits",
+           "test_logprobs.py::test_temperature_divides_the_logits_once"),
+    Mutant("a temperature that the scorer forgets", 13, "nanorlhf/logprobs.py",
+           "response_tokens(tokens, prompt_len, R), temperature)",
+           "response_tokens(tokens, prompt_len, R))",
+           "test_logprobs.py::test_response_logprobs_equal_a_slow_loop_over_all_logits"),
+    Mutant("a temperature applied twice", 13, "nanorlhf/logprobs.py",
+           "return log_softmax(logits, temperature)",
+           "return log_softmax(logits / temperature, temperature)",
+           "test_logprobs.py::test_temperature_divides_the_logits_once"),
+    Mutant("a temperature that the entropy forgets", 13, "nanorlhf/logprobs.py",
+           "logp = log_softmax(logits, temperature)", "logp = log_softmax(logits)",
+           "test_logprobs.py::test_temperature_divides_the_logits_once"),
+    Mutant("entropy with its sign reversed", 31, "nanorlhf/logprobs.py",
+           "return -(logp.exp() * logp)", "return (logp.exp() * logp)",
+           "test_logprobs.py::test_entropy_by_hand"),
+    Mutant("log-probs in half precision", 40, "nanorlhf/logprobs.py",
+           "logits = logits.to(torch.promote_types(logits.dtype, torch.float32))", "",
+           "test_logprobs.py::test_log_probs_are_float32_even_of_half_precision_logits"),
+
+    # --- advantages ---
+    Mutant("GAE that expects something after the end", 22, "nanorlhf/advantages.py",
+           "torch.zeros_like(values[:, :1])", "values[:, -1:]",
+           "test_advantages.py::test_gae_by_hand"),
+    Mutant("GAE that expects what stands behind the mask", 22, "nanorlhf/advantages.py",
+           "rewards, values = rewards * mask, values * mask", "rewards = rewards * mask",
+           "test_advantages.py::test_nothing_is_expected_after_the_end"),
+    Mutant("GAE that takes V of t for V of t + 1", 22, "nanorlhf/advantages.py",
+           "torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)", "values",
+           "test_advantages.py::test_gae_with_lambda_zero_looks_one_step_ahead"),
+    Mutant("GAE that decays by lambda and not by gamma", 22, "nanorlhf/advantages.py",
+           "gamma * lam * following", "lam * following",
+           "test_advantages.py::test_gae_equals_its_double_sum"),
+    Mutant("GAE that decays by gamma and not by lambda", 22, "nanorlhf/advantages.py",
+           "gamma * lam * following", "gamma * following",
+           "test_advantages.py::test_gae_by_hand"),
+    Mutant("REINFORCE without a baseline", 0, "nanorlhf/advantages.py",
+           "return scores - scores.mean()", "return scores",
+           "test_advantages.py::test_reinforce_by_hand"),
+    Mutant("RLOO whose baseline includes the response itself", 41, "nanorlhf/advantages.py",
+           "baseline = (groups.sum(1, keepdim=True) - groups) / (G - 1)",
+           "baseline = groups.mean(1, keepdim=True)",
+           "test_advantages.py::test_the_baseline_of_rloo_does_not_know_the_response_it_judges"),
+    Mutant("GRPO that is not centred", 41, "nanorlhf/advantages.py",
+           "centred = groups - groups.mean(1, keepdim=True)", "centred = groups",
+           "test_advantages.py::test_grpo_by_hand"),
+    Mutant("GRPO by the deviation of the whole batch", 41, "nanorlhf/advantages.py",
+           "groups.std(1, keepdim=True)", "groups.std()",
+           "test_advantages.py::test_an_easy_prompt_is_no_merit_of_its_responses"),
+
+    # --- the network ---
+    Mutant("attention that sees one token of the future", 0, "nanorlhf/attention.py",
+           ".tril()", ".tril(1)",
+           "test_attention.py::test_a_causal_mask_looks_back_and_at_itself"),
+    Mutant("attention without its scale", 0, "nanorlhf/attention.py",
+           "(q / q.shape[-1] ** 0.5) @", "q @",
+           "test_attention.py::test_attention_by_hand"),
+    Mutant("a cache that hides a token from itself", 3, "nanorlhf/model.py",
+           "<= positions[:, None, :, None]", "< positions[:, None, :, None]",
+           "test_model.py::test_cached_equals_uncached"),
+    Mutant("the exact GELU", 43, "nanorlhf/model.py",
+           ', approximate="tanh"', "",
+           "test_model.py::test_their_weights_give_the_same_logits_here"),
+    Mutant("a LayerNorm of another epsilon", 0, "nanorlhf/model.py",
+           "self.ln_f = nn.LayerNorm(config.n_embd)",
+           "self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-3)",
+           "test_model.py::test_their_weights_give_the_same_logits_here"),
+    Mutant("dropout that eval mode leaves on", 18, "nanorlhf/model.py",
+           "F.dropout(self.c_proj(y), self.dropout, self.training)",
+           "F.dropout(self.c_proj(y), self.dropout)",
+           "test_model.py::test_dropout_acts_in_training_only"),
+    Mutant("a scalar head that begins too large", 9, "nanorlhf/model.py",
+           "std=(config.n_embd + 1) ** -0.5", "std=1.0",
+           "test_ledger.py::test_a_fresh_head_says_numbers_of_the_order_of_one"),
+
+    # --- generation ---
+    Mutant("an end token outside the mask", 2, "nanorlhf/generate.py",
+           "mask[:, r] = alive\n", "mask[:, r] = alive & (token != eos)\n",
+           "test_generate.py::test_the_end_token_is_the_last_thing_inside_the_mask"),
+    Mutant("a token after the end inside the mask", 8, "nanorlhf/generate.py",
+           "alive & (token != eos)", "alive & (tokens[rows, prompt_len + r - 1] != eos)",
+           "test_generate.py::test_the_end_token_is_the_last_thing_inside_the_mask"),
+    Mutant("responses that never stop", 16, "nanorlhf/generate.py",
+           "alive = alive & (token != eos)", "pass",
+           "test_generate.py::test_greedy_stops_where_the_uncached_loop_stops"),
+    Mutant("an end forced at the limit and credited", 17, "nanorlhf/generate.py",
+           "token = torch.where(alive, sample(model.head(hidden), temperature), pad)",
+           "token = torch.where(alive, sample(model.head(hidden), temperature), pad)\n"
+           "        if r == R - 1 and eos is not None:\n"
+           "            token = torch.where(alive, eos, token)",
+           "test_ppo.py::test_the_mask_ends_with_the_end_token_or_with_the_limit"),
+    Mutant("a cache written one place off", 3, "nanorlhf/generate.py",
+           "at = (prompt_len + r)[:, None]", "at = (prompt_len + r + 1)[:, None]",
+           "test_generate.py::test_greedy_equals_the_uncached_loop_for_prompts_of_mixed_length"),
+    Mutant("a first token that follows the padding", 3, "nanorlhf/generate.py",
+           "[rows, prompt_len - 1]", "[:, -1]",
+           "test_generate.py::test_greedy_equals_the_uncached_loop_for_prompts_of_mixed_length"),
+    Mutant("a sampler that keeps the likeliest eight", 14, "nanorlhf/generate.py",
+           "    cumulative = log_softmax",
+           "    floor = logits.topk(min(8, logits.shape[-1])).values[:, -1:]\n"
+           "    logits = logits.masked_fill(logits < floor, float('-inf'))\n"
+           "    cumulative = log_softmax",
+           "test_generate.py"
+           "::test_tokens_come_up_as_often_as_softmax_of_logits_over_temperature_says"),
+    Mutant("a temperature that the sampler forgets", 13, "nanorlhf/generate.py",
+           "log_softmax(logits, temperature)", "log_softmax(logits)",
+           "test_generate.py"
+           "::test_tokens_come_up_as_often_as_softmax_of_logits_over_temperature_says"),
+    Mutant("a sampler that may leave the vocabulary", 0, "nanorlhf/generate.py",
+           "torch.searchsorted(cumulative, u)", "torch.searchsorted(cumulative, u, right=True)",
+           "test_generate.py::test_no_number_from_zero_to_one_leads_out_of_the_vocabulary"),
+    Mutant("a sampler that draws the impossible", 0, "nanorlhf/generate.py",
+           "u = (1 - torch.rand(", "u = (torch.rand(",
+           "test_generate.py::test_a_token_of_probability_zero_is_never_drawn"),
+
+    # --- data ---
+    Mutant("rows without an end token", 45, "nanorlhf/data.py",
+           'response = [*tokenizer.encode(record["response"]), tokenizer.eos]',
+           'response = tokenizer.encode(record["response"])',
+           "test_data.py::test_a_row_is_prompt_response_end"),
+    Mutant("a response that was cut and is said to have ended", 17, "nanorlhf/data.py",
+           "kept = [response[: block_size - 1] for",
+           "kept = [response[: block_size - 2] + response[-1:] for",
+           "test_data.py::test_a_long_response_loses_its_right_and_with_it_the_end"),
+    Mutant("a batch whose mask leaves out the end token", 2, "nanorlhf/data.py",
+           "< response_len[:, None]", "< response_len[:, None] - 1",
+           "test_data.py::test_collate_is_flush_left_and_masks_the_response"),
+    Mutant("a split with the same prompt on both sides", 0, "nanorlhf/data.py",
+           "zlib.crc32(key.encode(\"utf-8\", \"replace\")) for key in keys",
+           "zlib.crc32(repr(r).encode()) for r in records",
+           "test_data.py::test_a_prompt_is_on_one_side_whatever_the_order_or_the_company"),
+    Mutant("the same order in every epoch", 0, "nanorlhf/data.py",
+           'random.Random(f"{seed} {epoch}")', 'random.Random(f"{seed}")',
+           "test_data.py::test_every_epoch_holds_every_row_once_and_has_an_order_of_its_own"),
+    Mutant("a pad token that is the end token", 2, "nanorlhf/tokenizer.py",
+           "self.pad = len(ranks) + 1", "self.pad = len(ranks)",
+           "test_tokenizer.py::test_vocab_size_counts_bytes_merges_and_specials"),
+
+    # --- imitate ---
+    Mutant("SFT that learns the prompt", 45, "nanorlhf/sft.py",
+           "response_logprobs(model, tokens, prompt_len, mask.shape[1])",
+           "response_logprobs(model, tokens, torch.ones_like(prompt_len), mask.shape[1])",
+           "test_sft.py::test_only_the_response_is_learnt_and_its_end_with_it"),
+    Mutant("SFT that does not learn to end", 45, "nanorlhf/sft.py",
+           "mask.shape[1]), mask)",
+           "mask.shape[1]), mask & (mask.cumsum(1) < mask.sum(1)[:, None]))",
+           "test_sft.py::test_only_the_response_is_learnt_and_its_end_with_it"),
+    Mutant("a held-out loss that weighs batches alike", 28, "nanorlhf/sft.py",
+           ".item() * mask.sum().item()\n        count += mask.sum().item()",
+           ".item()\n        count += 1",
+           "test_sft.py::test_every_token_weighs_the_same_however_rows_are_batched"),
+    Mutant("SFT with stale gradients", 28, "nanorlhf/sft.py",
+           "        optimizer.zero_grad()\n", "",
+           "test_ledger.py::test_stale_gradients_do_not_reach_the_next_step"),
+    Mutant("SFT that resumes without its optimizer", 42, "nanorlhf/sft.py",
+           "dict(model=model, optimizer=optimizer), dict(", "dict(model=model), dict(",
+           "test_sft.py::test_a_resumed_run_ends_with_the_very_same_weights"),
+    Mutant("SFT that resumes at the first batch", 0, "nanorlhf/sft.py",
+           'cfg.seed, seen["step"])', "cfg.seed)",
+           "test_sft.py::test_a_resumed_run_ends_with_the_very_same_weights"),
+    Mutant("a resumed run that throws other dice", 32, "nanorlhf/checkpoint.py",
+           '        torch.set_rng_state(state["random"])\n', "",
+           "test_checkpoint.py::test_everything_goes_on_where_it_was"),
+
+    # --- judge ---
+    Mutant("Bradley-Terry with its sides swapped", 12, "nanorlhf/reward.py",
+           "F.logsigmoid(chosen - rejected)", "F.logsigmoid(rejected - chosen)",
+           "test_exact.py::test_all_the_choices_there_are_give_the_scores_back"),
+    Mutant("a score that is read at the last position of the batch", 8, "nanorlhf/reward.py",
+           "last = prompt_len + mask.sum(1) - 1",
+           "last = torch.full_like(prompt_len, tokens.shape[1] - 1)",
+           "test_reward.py::test_the_score_is_read_at_the_last_response_token"),
+    Mutant("a score that is read one token early", 8, "nanorlhf/reward.py",
+           "last = prompt_len + mask.sum(1) - 1", "last = prompt_len + mask.sum(1) - 2",
+           "test_reward.py::test_the_score_is_read_at_the_last_response_token"),
+    Mutant("a reward model that never sees the prompt", 1, "nanorlhf/reward.py",
+           "last = prompt_len + mask.sum(1) - 1",
+           "tokens, last = response_tokens(tokens, prompt_len, mask.shape[1]), mask.sum(1) - 1",
+           "test_reward.py::test_the_score_is_read_at_the_last_response_token"),
+    Mutant("a reward model whose mean is not taken out", 10, "nanorlhf/reward.py",
+           "    model.transformer.ln_f.bias -= mean * head / (head @ head)\n", "",
+           "test_reward.py::test_normalised_scores_have_mean_0_and_deviation_1_also_after_loading"),
+    Mutant("a reward model whose deviation is not taken out", 10, "nanorlhf/reward.py",
+           "    head /= std\n", "",
+           "test_reward.py::test_normalised_scores_have_mean_0_and_deviation_1_also_after_loading"),
+    Mutant("a reward model whose learning rate does not fall", 11, "nanorlhf/reward.py",
+           "min((step + 1) / 20, 1 - step / steps)", "min((step + 1) / 20, 1.0)",
+           "test_ledger.py::test_each_comparison_is_seen_once_at_a_rate_that_falls_to_zero"),
+    Mutant("a reward model left in training mode", 18, "nanorlhf/reward.py",
+           "    model.eval()\n", "",
+           "test_gaps.py::test_a_trained_reward_model_throws_no_dice"),
+
+    Mutant("a reward model with stale gradients", 28, "nanorlhf/reward.py",
+           "        optimizer.zero_grad()\n", "",
+           "test_ledger.py::test_stale_gradients_do_not_reach_the_next_step"),
+
+    # --- learn from the same data without it ---
+    Mutant("DPO with its sides swapped", 12, "nanorlhf/dpo.py",
+           "bradley_terry_loss(chosen, rejected)", "bradley_terry_loss(rejected, chosen)",
+           "test_exact.py::test_dpo_ends_where_rlhf_ends"),
+    Mutant("DPO that forgets the reference", 38, "nanorlhf/dpo.py",
+           "beta * (logprobs - ref_logprobs)", "beta * logprobs",
+           "test_exact.py::test_dpo_ends_where_rlhf_ends"),
+    Mutant("DPO that forgets the price", 0, "nanorlhf/dpo.py",
+           "beta * (logprobs - ref_logprobs)", "(logprobs - ref_logprobs)",
+           "test_exact.py::test_dpo_ends_where_rlhf_ends"),
+    Mutant("an expectile of 1 - tau", 0, "nanorlhf/ilql.py",
+           "(gap < 0)", "(gap > 0)",
+           "test_exact.py::test_expectile_loss_by_hand"),
+
+    # --- PPO: collect ---
+    Mutant("a score one token early", 8, "nanorlhf/ppo.py",
+           "last = mask.sum(1) - 1 ", "last = mask.sum(1) - 2 ",
+           "test_ppo.py::test_every_token_pays_for_its_kl_and_the_last_one_earns_the_score"),
+    Mutant("a score on the token after the end", 8, "nanorlhf/ppo.py",
+           "last = mask.sum(1) - 1 ", "last = mask.sum(1).clamp(max=mask.shape[1] - 1) ",
+           "test_ppo.py::test_every_token_pays_for_its_kl_and_the_last_one_earns_the_score"),
+    Mutant("a score at the end of the batch", 8, "nanorlhf/ppo.py",
+           "last = mask.sum(1) - 1 ", "last = mask.shape[1] - 1 ",
+           "test_ppo.py::test_every_token_pays_for_its_kl_and_the_last_one_earns_the_score"),
+    Mutant("KL charged beyond the mask", 30, "nanorlhf/ppo.py",
+           "rewards = -kl_coef * kl * mask", "rewards = -kl_coef * kl",
+           "test_ppo.py::test_nothing_behind_the_mask_is_ever_charged"),
+    Mutant("KL clamped at zero", 37, "nanorlhf/ppo.py",
+           "-kl_coef * kl * mask", "-kl_coef * kl.clamp(min=0) * mask",
+           "test_ppo.py::test_every_token_pays_for_its_kl_and_the_last_one_earns_the_score"),
+    Mutant("a KL price that is paid out", 33, "nanorlhf/ppo.py",
+           "rewards = -kl_coef", "rewards = kl_coef",
+           "test_ppo.py::test_every_token_pays_for_its_kl_and_the_last_one_earns_the_score"),
+    Mutant("k3 as the price", 34, "nanorlhf/ppo.py",
+           "kl = kl_k1(old_logprobs, ref_logprobs)", "kl = kl_k3(old_logprobs, ref_logprobs)",
+           "test_ppo.py::test_a_rollout_agrees_with_itself"),
+    Mutant("a fine for responses that do end", 16, "nanorlhf/ppo.py",
+           "cfg.no_end_penalty * ~ended", "cfg.no_end_penalty * ended",
+           "test_ppo.py"
+           "::test_a_response_that_never_ends_can_be_fined_and_its_score_stays_what_it_was"),
+    Mutant("a response cut off by the limit that counts as ended", 17, "nanorlhf/ppo.py",
+           "ended = ((chosen == eos) & mask).any(1)", "ended = mask.any(1)",
+           "test_ppo.py::test_the_mask_ends_with_the_end_token_or_with_the_limit"),
+    Mutant("a temperature that the reference forgets", 13, "nanorlhf/ppo.py",
+           "response_logprobs(reference, tokens, prompt_len, R, cfg.temperature)",
+           "response_logprobs(reference, tokens, prompt_len, R)",
+           "test_ppo.py::test_a_rollout_agrees_with_itself"),
+    Mutant("values taken after the token", 4, "nanorlhf/ppo.py",
+           "response_window(critic(tokens), prompt_len, R)",
+           "response_window(critic(tokens), prompt_len + 1, R)",
+           "test_ppo.py::test_a_rollout_agrees_with_itself"),
+    Mutant("returns from whitened advantages", 22, "nanorlhf/ppo.py",
+           "returns = advantages + old_values", "returns = whiten(advantages, mask) + old_values",
+           "test_ppo.py"
+           "::test_returns_are_raw_advantages_plus_values_and_whitening_leaves_them_alone"),
+    Mutant("returns without the values", 22, "nanorlhf/ppo.py",
+           "returns = advantages + old_values", "returns = advantages",
+           "test_ppo.py"
+           "::test_returns_are_raw_advantages_plus_values_and_whitening_leaves_them_alone"),
+    Mutant("advantages that are not whitened", 23, "nanorlhf/ppo.py",
+           "whiten(advantages, mask), returns", "advantages, returns",
+           "test_ppo.py"
+           "::test_returns_are_raw_advantages_plus_values_and_whitening_leaves_them_alone"),
+    Mutant("whitened advantages that keep their mean", 23, "nanorlhf/ppo.py",
+           "whiten(advantages, mask), returns", "whiten(advantages, mask, False), returns",
+           "test_ppo.py"
+           "::test_returns_are_raw_advantages_plus_values_and_whitening_leaves_them_alone"),
+    Mutant("old log-probs that carry a gradient", 0, "nanorlhf/ppo.py",
+           "@torch.no_grad()\ndef collect(", "def collect(",
+           "test_ppo.py::test_every_response_is_in_one_minibatch_of_each_epoch"),
+
+    # --- PPO: update ---
+    Mutant("a policy loss that takes the better term", 0, "nanorlhf/ppo.py",
+           "surrogate = torch.min(", "surrogate = torch.max(",
+           "test_ppo.py::test_clipping_stops_the_push_in_the_good_direction_only"),
+    Mutant("a ratio that is clipped from above only", 0, "nanorlhf/ppo.py",
+           "ratio.clamp(1 - clip, 1 + clip)", "ratio.clamp(max=1 + clip)",
+           "test_ppo.py::test_clipping_stops_the_push_in_the_good_direction_only"),
+    Mutant("a ratio upside down", 0, "nanorlhf/ppo.py",
+           "ratio = (logprobs - old_logprobs)", "ratio = (old_logprobs - logprobs)",
+           "test_ppo.py::test_the_first_step_is_plain_policy_gradient"),
+    Mutant("a policy loss that is not negated", 0, "nanorlhf/ppo.py",
+           "return -masked_mean(surrogate, mask)", "return masked_mean(surrogate, mask)",
+           "test_ppo.py::test_the_first_step_is_plain_policy_gradient"),
+    Mutant("a value loss of the clipped values alone", 25, "nanorlhf/ppo.py",
+           "torch.max((values - returns) ** 2, (clipped - returns) ** 2)",
+           "(clipped - returns) ** 2",
+           "test_ppo.py::test_value_loss_by_hand"),
+    Mutant("a value loss without its half", 25, "nanorlhf/ppo.py",
+           "return 0.5 * masked_mean(", "return masked_mean(",
+           "test_ppo.py::test_value_loss_by_hand"),
+    Mutant("dropout on in the update", 18, "nanorlhf/ppo.py",
+           "metrics, count = {}, 0", "metrics, count = {}, 0\n    policy.train()",
+           "test_gaps.py::test_an_update_does_not_turn_dropout_on"),
+    Mutant("a temperature that the update forgets", 13, "nanorlhf/ppo.py",
+           "batch.prompt_len, R,\n                                             cfg.temperature)",
+           "batch.prompt_len, R)",
+           "test_ppo.py::test_a_forgotten_temperature_is_caught"),
+    Mutant("a first ratio that nobody checks", 19, "nanorlhf/ppo.py",
+           "if count == 0:", "if count < 0:",
+           "test_ppo.py::test_dropout_left_on_is_caught"),
+    Mutant("minibatches that are never shuffled", 0, "nanorlhf/ppo.py",
+           "torch.randperm(len(rollout.tokens))", "torch.arange(len(rollout.tokens))",
+           "test_gaps.py::test_every_epoch_deals_the_minibatches_anew"),
+    Mutant("minibatches that leave rows out", 0, "nanorlhf/ppo.py",
+           ".chunk(cfg.minibatches)", ".chunk(cfg.minibatches + 1)[:cfg.minibatches]",
+           "test_ppo.py::test_every_response_is_in_one_minibatch_of_each_epoch"),
+    Mutant("PPO with stale gradients", 28, "nanorlhf/ppo.py",
+           "    optimizer.zero_grad()\n", "",
+           "test_ledger.py::test_stale_gradients_do_not_reach_the_next_step"),
+    Mutant("gradients that are not clipped", 0, "nanorlhf/ppo.py",
+           "clip_grad_norm_(model.parameters(), grad_clip)",
+           "clip_grad_norm_(model.parameters(), float('inf'))",
+           "test_gaps.py::test_a_step_is_no_longer_than_allowed"),
+    Mutant("KL of the update with its arguments reversed", 29, "nanorlhf/ppo.py",
+           "kl_k3(batch.old_logprobs, logprobs)", "kl_k3(logprobs, batch.old_logprobs)",
+           "test_ledger.py::test_approx_kl_is_the_kl_from_the_old_policy_to_the_new"),
+    Mutant("KL of the update that may be negative", 29, "nanorlhf/ppo.py",
+           "kl_k3(batch.old_logprobs, logprobs)", "logprobs - batch.old_logprobs",
+           "test_ledger.py::test_approx_kl_is_the_kl_from_the_old_policy_to_the_new"),
+    Mutant("a clip fraction that sees one side", 31, "nanorlhf/ppo.py",
+           "((log_ratio.exp() - 1).abs() > clip)", "(log_ratio.exp() - 1 > clip)",
+           "test_gaps.py::test_the_numbers_of_an_update_by_hand"),
+
+    # --- PPO: train ---
+    Mutant("a logged KL that counts the padding", 39, "nanorlhf/ppo.py",
+           "kl=(kl_k1(rollout.old_logprobs, rollout.ref_logprobs) * mask)",
+           "kl=kl_k1(rollout.old_logprobs, rollout.ref_logprobs)",
+           "test_ledger.py::test_what_stands_behind_the_mask_reaches_no_loss_no_gradient_and_no_metric"),
+    Mutant("a logged KL per token", 36, "nanorlhf/ppo.py",
+           "kl=(kl_k1(rollout.old_logprobs, rollout.ref_logprobs) * mask).sum(1).mean()",
+           "kl=masked_mean(kl_k1(rollout.old_logprobs, rollout.ref_logprobs), mask)",
+           "test_gaps.py::test_the_numbers_of_a_rollout_by_hand"),
+    Mutant("a logged entropy that counts the padding", 31, "nanorlhf/ppo.py",
+           "masked_mean(rollout.entropy, mask)", "rollout.entropy.mean()",
+           "test_ledger.py::test_what_stands_behind_the_mask_reaches_no_loss_no_gradient_and_no_metric"),
+    Mutant("an explained variance that counts the padding", 31, "nanorlhf/ppo.py",
+           "error[mask].var()", "error.var()",
+           "test_ledger.py::test_what_stands_behind_the_mask_reaches_no_loss_no_gradient_and_no_metric"),
+    Mutant("an explained variance upside down", 0, "nanorlhf/ppo.py",
+           "error[mask].var() / returns.var().clamp(min=1e-8)",
+           "returns.var() / error[mask].var().clamp(min=1e-8)",
+           "test_gaps.py::test_the_numbers_of_a_rollout_by_hand"),
+    Mutant("a KL price that falls when KL is too high", 36, "nanorlhf/ppo.py",
+           "kl / cfg.kl_target - 1", "1 - kl / cfg.kl_target",
+           "test_ppo.py::test_the_price_rises_above_the_target_and_falls_below"),
+    Mutant("a KL price that is told the KL of a token", 36, "nanorlhf/ppo.py",
+           'adapt(seen["kl_coef"], metrics["kl"], cfg)',
+           'adapt(seen["kl_coef"], metrics["kl"] / metrics["response_len"], cfg)',
+           "test_ledger.py::test_the_price_is_adapted_to_the_kl_summed_over_a_response"),
+    Mutant("a KL price that starts from the first one again every round", 36, "nanorlhf/ppo.py",
+           'adapt(seen["kl_coef"], metrics["kl"], cfg)',
+           'adapt(cfg.kl_coef, metrics["kl"], cfg)',
+           "test_gaps.py::test_the_price_goes_on_from_what_it_was_the_round_before"),
+    Mutant("Adam with the same beta twice", 26, "nanorlhf/ppo.py",
+           "betas=(0.9, 0.95)", "betas=(0.9, 0.9)",
+           "test_ledger.py::test_the_optimizers_are_adam_with_the_epsilon_and_betas_of_ppo"),
+    Mutant("Adam with PyTorch's own epsilon", 26, "nanorlhf/ppo.py",
+           "eps=1e-5", "eps=1e-8",
+           "test_ledger.py::test_the_optimizers_are_adam_with_the_epsilon_and_betas_of_ppo"),
+    Mutant("a learning rate that does not fall", 27, "nanorlhf/ppo.py",
+           "rate * (1 - number / cfg.steps)", "rate",
+           "test_ppo.py::test_learning_rates_fall_in_a_straight_line"),
+    Mutant("a learning rate that is set after the update", 27, "nanorlhf/ppo.py",
+           "rate * (1 - number / cfg.steps)",
+           "rate * (1 - (number - 1) / cfg.steps) if number else 0.0",
+           "test_ppo.py::test_learning_rates_fall_in_a_straight_line"),
+    Mutant("a reference that is the policy itself", 38, "nanorlhf/ppo.py",
+           "    reference.requires_grad_(False)\n", "    reference = policy\n",
+           "test_ppo.py::test_a_dearer_kl_keeps_the_policy_closer"),
+    Mutant("a reference that is the policy of the round before", 38, "nanorlhf/ppo.py",
+           "        rollout = collect(",
+           "        reference.load_state_dict(policy.state_dict())\n"
+           "        rollout = collect(",
+           "test_ppo.py::test_the_score_goes_up_on_the_toy_task"),
+    Mutant("PPO that resumes without its optimizers", 42, "nanorlhf/ppo.py",
+           "critic=critic, policy_optimizer=optimizers[0],\n"
+           "                 critic_optimizer=optimizers[1])", "critic=critic)",
+           "test_ppo.py::test_a_resumed_run_ends_with_the_very_same_weights"),
+    Mutant("PPO that resumes without its critic", 42, "nanorlhf/ppo.py",
+           "critic=critic, policy_optimizer", "policy_optimizer",
+           "test_ppo.py::test_a_resumed_run_ends_with_the_very_same_weights"),
+    Mutant("PPO that resumes at the first prompts", 0, "nanorlhf/ppo.py",
+           'cfg.seed, seen["step"], length=len)', "cfg.seed, length=len)",
+           "test_ppo.py::test_a_resumed_run_ends_with_the_very_same_weights"),
+
+    # --- PPO: the script ---
+    Mutant("a policy and a reference that share their weights", 38, "train_ppo.py",
+           "policy, reference = (GPT.load(cfg.sft) for _ in range(2))",
+           "policy = reference = GPT.load(cfg.sft)",
+           "test_ledger.py::test_ppo_starts_from_sft_stays_near_sft_and_asks_the_reward_model"),
+    Mutant("a critic that shares its weights with the reward model", 0, "train_ppo.py",
+           "critic, score = reward.load(cfg.rm).to(device), score_function(cfg, tok, device)",
+           "critic = reward.load(cfg.rm).to(device)\n    score = reward.by_model(critic)",
+           "test_ledger.py::test_ppo_starts_from_sft_stays_near_sft_and_asks_the_reward_model"),
+    Mutant("PPO that trains on held-out prompts", 0, "train_ppo.py",
+           "for text in texts])[0]]", "for text in texts])[1]]",
+           "test_gaps.py::test_ppo_never_trains_on_a_prompt_that_is_held_out"),
+
+    # --- did it help? ---
+    Mutant("a tie that counts as a win", 0, "nanorlhf/evaluate.py",
+           "(a > b) + 0.5 * (a == b)", "(a >= b)",
+           "test_evaluate.py::test_a_tie_is_half_a_win"),
+    Mutant("best of n as far away as its loosest bound", 0, "nanorlhf/evaluate.py",
+           "return math.log(n) - (n - 1) / n", "return math.log(n)",
+           "test_exact.py::test_where_no_response_is_likely_the_bound_is_the_kl"),
+    Mutant("a KL of a response that counts the padding", 31, "nanorlhf/evaluate.py",
+           "kl += (kl_k1(logprobs, ref_logprobs) * mask)", "kl += kl_k1(logprobs, ref_logprobs)",
+           "test_gaps.py::test_padding_is_no_part_of_what_a_response_is_like"),
+    Mutant("a perplexity that counts the padding", 31, "nanorlhf/evaluate.py",
+           "surprise -= (ref_logprobs * mask)", "surprise -= ref_logprobs",
+           "test_gaps.py::test_padding_is_no_part_of_what_a_response_is_like"),
+]
+# fmt: on
+
+
+def attempt(mutant):
+    """Run the test that should notice. -> is it caught, what to say of it, seconds"""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy_to(folder)
+        Path(folder, mutant.file).write_text(mutant.text(), encoding="utf-8")
+        status, printed = run_tests(folder, [mutant.test])
+    # A file that cannot be collected is an ERROR, and no test of it has FAILED.
+    failed = re.search(r"^FAILED tests/(.+?)( - |$)", printed, re.MULTILINE)
+    caught = status == 1 and failed is not None
+    said = failed[1] if caught else f"BROKEN, pytest's status is {status}" if status else "SURVIVED"
+    return caught, said, time.perf_counter() - began
+
+
+def copy_to(folder):
+    """What the tests need, without what Python has compiled."""
+    without = shutil.ignore_patterns("__pycache__")
+    for name in "nanorlhf", "tests":
+        shutil.copytree(ROOT / name, Path(folder, name), ignore=without)
+    for script in ROOT.glob("train_*.py"):
+        shutil.copy(script, folder)
+
+
+def run_tests(folder, tests):
+    """Run tests on the package in the folder, until the first that fails. -> status, output"""
+
+    def python(*words):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
+        )
+
+    package = Path(python("-c", "import nanorlhf; print(nanorlhf.__file__)").stdout.strip())
+    assert package.is_relative_to(Path(folder).resolve()), f"{package} is tested, not the copy"
+    paths = [f"tests/{test}" for test in tests]
+    done = python("-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider", *paths)
+    return done.returncode, done.stdout
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of names (default: every mutant)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time")
+    parser.add_argument("--list", action="store_true", help="print the names, and that is all")
+    args = parser.parse_args(words)
+
+    chosen = [m for m in MUTANTS if not args.names or any(part in m.name for part in args.names)]
+    if not chosen:
+        parser.error(f"no mutant is called {' or '.join(args.names)}; --list shows their names")
+    if args.list:
+        print("\n".join(mutant.name for mutant in chosen))
+        return
+
+    for mutant in chosen:
+        mutant.text()  # if the code has moved, say so before anything runs
+    # Without a defect every test must pass, or a failure would say nothing.
+    with tempfile.TemporaryDirectory() as folder:
+        copy_to(folder)
+        status, printed = run_tests(folder, sorted({mutant.test for mutant in chosen}))
+    if status != 0:
+        sys.exit(f"{printed}\nthese tests fail without any defect")
+
+    total = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutant, (caught, said, seconds) in zip(chosen, pool.map(attempt, chosen)):
+            print(f"{mutant.name:60} | {mutant.file:22} | {said} | {seconds:.1f}", flush=True)
+            total += caught
+    print(f"{total} of {len(chosen)} caught")
+    sys.exit(total < len(chosen))
+
+
+if __name__ == "__main__":
+    main()
