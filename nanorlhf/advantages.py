@@ -5,6 +5,8 @@
 """
 import torch
 
+from nanorlhf.logprobs import masked
+
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t
@@ -13,13 +15,13 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     lam = 0 trusts the critic, lam = 1 trusts the rewards. After the last token nothing comes: its
     V_{t+1} is 0, whatever stands behind the mask. All (B, R) -> advantages (B, R), 0 off the mask
     """
-    rewards, values = rewards * mask, values * mask
+    rewards, values = masked(rewards, mask), masked(values, mask)
     advantages, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     deltas = rewards + gamma * next_values - values
     for t in reversed(range(rewards.shape[1])):
         advantages[:, t] = following = deltas[:, t] + gamma * lam * following
-    return advantages * mask
+    return masked(advantages, mask)
 
 
 def reinforce(scores):

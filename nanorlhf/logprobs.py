@@ -6,9 +6,14 @@ r-th token of the response, and no caller ever writes an index minus one.
 import torch
 
 
+def masked(x, mask):
+    """x, and 0 off the mask, whatever stands there: times 0, infinity would be NaN. -> like x"""
+    return x.masked_fill(~mask.bool(), 0)
+
+
 def masked_mean(x, mask):
     """Mean of x over the tokens the policy chose. (B, R), (B, R) -> scalar"""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    return masked(x, mask).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(x, mask, shift_mean=True):
@@ -19,7 +24,7 @@ def whiten(x, mask, shift_mean=True):
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * (variance + 1e-8).rsqrt()
-    return (whitened if shift_mean else whitened + mean) * mask
+    return masked(whitened if shift_mean else whitened + mean, mask)
 
 
 # --- the one place that knows about the shift ----------------------------------------------------
@@ -42,19 +47,17 @@ def response_tokens(tokens, prompt_len, R):
 
 # --- log-probs -----------------------------------------------------------------------------------
 
-def log_softmax(logits, temperature=1.0):
-    """Log-probs of every token, in float32 or better. (..., V) -> (..., V)
+def tempered(logits, temperature=1.0):
+    """Logits as sampler and scorer both take them: over the temperature, in float32 or better.
 
-    The sampler and the scorer call this and nothing else, so a policy sampled at T = 0.7 is scored
-    at T = 0.7.
+    Nobody else divides, so a policy sampled at T = 0.7 is scored at T = 0.7. (..., V) -> (..., V)
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits / temperature).log_softmax(-1)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 
 
-def response_logits(model, tokens, prompt_len, R):
-    """The language head, run on response positions alone. tokens (B, T) -> (B, R, V)"""
-    return model.head(response_window(model.transformer(tokens), prompt_len, R))
+def log_softmax(logits, temperature=1.0):
+    """Log-probs of every token. (..., V) -> (..., V)"""
+    return tempered(logits, temperature).log_softmax(-1)
 
 
 def token_logprobs(logits, chosen, temperature=1.0):
@@ -66,6 +69,11 @@ def entropy(logits, temperature=1.0):
     """Entropy of each choice, in nats. logits (B, R, V) -> (B, R)"""
     logp = log_softmax(logits, temperature)
     return -(logp.exp() * logp).sum(-1)
+
+
+def response_logits(model, tokens, prompt_len, R):
+    """The language head, run on response positions alone. tokens (B, T) -> (B, R, V)"""
+    return model.head(response_window(model.transformer(tokens), prompt_len, R))
 
 
 def response_logprobs(model, tokens, prompt_len, R, temperature=1.0):
