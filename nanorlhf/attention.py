@@ -13,8 +13,9 @@ def attend_plain(q, k, v, mask):
     is NaN, and one NaN in the cache spoils every later layer. Causal masks always allow a look at
     oneself, so flush-left sequences are safe.
     """
-    scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+    forbidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    scores = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1) + forbidden
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def attend_fused(q, k, v, mask):

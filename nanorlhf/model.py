@@ -47,6 +47,11 @@ class KVCache:
         self.v[layer][self.rows, :, positions] = v.transpose(1, 2).to(self.v[layer].dtype)
         return self.k[layer], self.v[layer]
 
+    def keep(self, rows):
+        """Go on with these rows: bool, or indices, of which one may stand there several times."""
+        self.k, self.v = ([x[rows] for x in cached] for cached in (self.k, self.v))
+        self.rows = torch.arange(len(self.k[0]), device=self.rows.device)[:, None]
+
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
@@ -162,6 +167,7 @@ class _Pretrained(nn.Module):
         if folder in pretrained.PUBLISHED:
             folder = pretrained.fetch(folder)
         config, tensors = checkpoint.load(folder)
+        _check_kind(config, tensors, Path(folder) / "config.json")
         try:
             names = "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"
             model = cls(GPTConfig(*(config[name] for name in names), dropout))
@@ -199,6 +205,19 @@ class _Pretrained(nn.Module):
         return self
 
 
+def _check_kind(config, tensors, path):
+    """GPT-2's family has members that this code is not: their weights would load, and lie."""
+    expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5,
+                    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                    add_cross_attention=False)
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{path}: expected {name} {value}, came {config[name]}")
+    head, embedding = (tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UserError(f"{path}: expected a language head tied to the embedding, came another")
+
+
 def _stored(name, weight):
     """GPT-2 keeps the weights of its linear layers as (in, out), PyTorch as (out, in)."""
     transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -230,4 +249,5 @@ class ScalarGPT(_Pretrained):
         super().save(folder, num_labels=1, **extra)
 
     def forward(self, tokens):
-        return self.score(self.transformer(tokens)).squeeze(-1).float()
+        score = self.score(self.transformer(tokens)).squeeze(-1)
+        return score.to(torch.promote_types(score.dtype, torch.float32))

@@ -91,6 +91,24 @@ def test_without_an_end_token_every_response_has_full_length(model):
     assert generate(model, PROMPTS, 9)[2].all()
 
 
+@pytest.mark.parametrize("G", [1, 3])
+def test_responses_to_one_prompt_share_its_pass_and_are_what_they_would_be_alone(model, G):
+    together = generate(model, PROMPTS, 12, temperature=0, eos=EOS, pad=PAD, G=G)
+    apart = generate(model, [p for p in PROMPTS for _ in range(G)], 12, 0, EOS, PAD)
+    for a, b in zip(together, apart, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_responses_to_one_prompt_are_drawn_independently(model):
+    torch.manual_seed(0)
+    tokens, prompt_len, _ = generate(model, [[2, 4]], 1, G=4000)
+    drawn = tokens[:, 2].view(2, 2000)
+    firsts, seconds = drawn[:, :1000].flatten(), drawn[:, 1000:].flatten()
+    same = (firsts == seconds).float().mean().item()
+    p = drawn.flatten().bincount().double() / 4000
+    assert same == pytest.approx((p**2).sum().item(), abs=4 * (0.25 / 2000) ** 0.5)
+
+
 # --- what does not fit ---
 
 

@@ -215,6 +215,27 @@ def test_a_config_of_another_family(tmp_path):
         GPT.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("activation_function", "gelu"),
+        ("layer_norm_epsilon", 0.01),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_weights", False),
+    ],
+)
+def test_a_gpt2_that_computes_something_else(tmp_path, setting, value):
+    GPT(TINY).save(tmp_path, **{setting: value})
+    with pytest.raises(UserError, match=f"config.json: expected {setting} .*, came {value}"):
+        GPT.load(tmp_path)
+
+
+def test_a_gpt2_whose_head_is_another_matrix(tmp_path):
+    theirs(tmp_path, transformers.GPT2LMHeadModel, tie_word_embeddings=False)
+    with pytest.raises(UserError, match="expected a language head tied to the embedding"):
+        GPT.load(tmp_path)
+
+
 def test_a_weight_that_is_missing(tmp_path):
     damage(tmp_path, without=["transformer.h.1.mlp.c_fc.bias"])
     with pytest.raises(UserError, match="no weight transformer.h.1.mlp.c_fc.bias.* 2 layers"):

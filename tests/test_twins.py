@@ -23,7 +23,7 @@ from nanorlhf.logprobs import (
     response_window,
     token_logprobs,
 )
-from nanorlhf.model import GPT, GPTConfig, ScalarGPT
+from nanorlhf.model import GPT, GPTConfig, KVCache, ScalarGPT
 
 EOS, PAD = 9, 10
 TINY = GPTConfig(vocab_size=11, n_positions=32, n_layer=2, n_head=2, n_embd=16)
@@ -45,17 +45,26 @@ def scrambled(model, seed=0, by=0.3):
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 @pytest.mark.parametrize("dtype, gap", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_each_token_was_drawn_from_what_the_scorer_says(monkeypatch, temperature, dtype, gap):
-    """The cached, one-token logits that the sampler saw against one pass over the whole."""
+    """The cached, one-token logits that the sampler saw against one pass over the whole. Rows that
+    have ended are dropped on the way."""
     model, steps, real = scrambled(GPT(TINY)).to(dtype), [], generate.sample
+    rows, B = [torch.arange(4 * len(PROMPTS))], 4 * len(PROMPTS)
 
     def spy(logits, temperature):
-        steps.append((logits / temperature).log_softmax(-1))
+        steps.append((rows[-1], (logits / temperature).log_softmax(-1)))
         return real(logits, temperature)
 
+    def keep(cache, alive, real=KVCache.keep):
+        rows.append(rows[-1][alive])
+        real(cache, alive)
+
     monkeypatch.setattr(generate, "sample", spy)
+    monkeypatch.setattr(KVCache, "keep", keep)
     tokens, prompt_len, mask = generate.generate(model, PROMPTS * 4, 20, temperature, EOS, PAD)
     R = mask.shape[1]
-    seen = torch.stack(steps, dim=1)[:, :R]  # (B, R, V)
+    seen = torch.zeros(B, R, TINY.vocab_size, dtype=dtype)
+    for r, (of, logp) in enumerate(steps[:R]):
+        seen[of, r] = logp
     chosen = response_tokens(tokens, prompt_len, R)
     with torch.no_grad():
         said = response_logprobs(model, tokens, prompt_len, R, temperature)
@@ -64,6 +73,7 @@ def test_each_token_was_drawn_from_what_the_scorer_says(monkeypatch, temperature
     assert (drawn - said)[mask].abs().max() < gap
     assert (seen - (everything / temperature).log_softmax(-1))[mask].abs().max() < gap
     assert mask.sum(1).min() < 6 and mask.sum(1).max() > 12  # rows that end and rows that go on
+    assert len(rows) > 1
 
 
 # --- alone and in company ---
