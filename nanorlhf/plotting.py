@@ -121,6 +121,19 @@ def small_multiples(panels):
     return fig
 
 
+def growth(panels, unit):
+    """panels: list of (title, sizes, {label: values}) -> Figure, both axes logarithmic."""
+    fig = Picture(figsize=(3.6 * len(panels), 2.8), layout="constrained")
+    for ax, (title, sizes, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+        for number, (label, values) in enumerate(lines.items()):
+            ax.plot(sizes, values, marker=".", label=label, color=OTHERS[number])
+        ax.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
+        ax.minorticks_off()
+        tidy(ax, title, unit)
+        ax.legend(fontsize=8, frameon=False, labelcolor=INK)
+    return fig
+
+
 def draw_line(ax, label, colour, steps, values):
     """A long noisy line is drawn twice: as it is, pale, and its running mean on top."""
     if len(values) >= 50:
