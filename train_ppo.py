@@ -3,10 +3,11 @@
     python train_ppo.py                                     the built-in world
     python train_ppo.py --reward env                        score by the truth instead
     python train_ppo.py --reward mine.py:score              score by a function of your own
+    python train_ppo.py --advantage grpo --responses 4      no critic: compare answers
     python train_ppo.py --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ppo
 """
 from nanorlhf import data, environment, ppo, reward, tokenizer
-from nanorlhf.config import run, setup
+from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import answer, compare, held_out_prompts, true_reward
 from nanorlhf.model import GPT
 from nanorlhf.plotting import curves
@@ -28,7 +29,8 @@ def main(cfg):
     tok = tokenizer.load(cfg.sft)
     for model in policy, reference:
         model.resize_vocab(tok.vocab_size).to(device)
-    critic, score = reward.load(cfg.rm).to(device), score_function(cfg, tok, device)
+    critic = reward.load(cfg.rm).to(device) if cfg.advantage == "gae" else None
+    score = score_function(cfg, tok, device)
 
     if cfg.data:
         texts, counts = data.prompts(cfg.data)
@@ -40,15 +42,17 @@ def main(cfg):
     prompts = data.encode_prompts(texts, tok, room, counts)
     print(f"prompts   {data.describe(counts)}")
     print(f"policy    {policy}, on {device}; scored by {cfg.reward}")
+    fuse(cfg.compile, *filter(None, (policy, reference, critic)))
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     held_out = held_out_prompts(cfg.data, cfg.eval_prompts, cfg.seed)
     before = answer(policy, tok, held_out[:3], cfg.max_new_tokens, cfg.temperature, cfg.seed)
     log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS)
     summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
-    policy.save(cfg.out)
+    policy.save(cfg.out, **tok.special)
     tok.save(cfg.out)
-    critic.save(f"{cfg.out}/critic")
+    if critic is not None:
+        critic.save(f"{cfg.out}/critic", **tok.special)
 
     # Did it help? The built-in world knows; elsewhere the score itself has to say.
     judge = score if cfg.data else true_reward(tok)

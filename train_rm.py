@@ -3,12 +3,10 @@
     python train_rm.py                                      the built-in world
     python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
 """
-import random
-
 from nanorlhf import data, environment, reward, tokenizer
-from nanorlhf.config import run, setup
-from nanorlhf.evaluate import held_out_prompts, respond
-from nanorlhf.generate import responses
+from nanorlhf.config import fuse, run, setup
+from nanorlhf.evaluate import held_out_prompts
+from nanorlhf.generate import sample_rows
 from nanorlhf.model import GPT, ScalarGPT
 from nanorlhf.plotting import curves
 from nanorlhf.runlog import RunLog, open_run, samples
@@ -43,6 +41,7 @@ def main(cfg):
 
     model = ScalarGPT.load(cfg.sft).resize_vocab(tok.vocab_size).to(device)
     print(f"model     {model}, on {device}")
+    fuse(cfg.compile, model)
     log.every = max(1, len(groups) // cfg.batch_size // 20)
     summary = reward.train(model, groups, tok.pad, cfg, log)
 
@@ -50,8 +49,9 @@ def main(cfg):
     found, table = reward.report(model, held_out, tok.pad, cfg.dtype)
     prompts = data.encode_prompts(held_out_prompts(cfg.data, 256, cfg.seed), tok,
                                   sft.config.n_positions - cfg.max_new_tokens, data.Counter())
-    mean, std = reward.normalise(model, sample_rows(sft, tok, prompts, cfg), tok.pad, cfg.dtype)
-    model.save(cfg.out, reward_mean=mean, reward_std=std)
+    rows = sample_rows(sft, tok, prompts, cfg)
+    mean, std = reward.normalise(model, rows, tok.pad, cfg.dtype)
+    model.save(cfg.out, **tok.special, reward_mean=mean, reward_std=std)
     tok.save(cfg.out)
     summary = log.finish(**summary, **found, **ceiling)
     samples(cfg.out, *scored_pairs(model, tok, held_out[:3], cfg), ("chosen", "rejected"))
@@ -60,29 +60,10 @@ def main(cfg):
 
 
 def compare_samples(sft, tok, n, k, cfg, held_out):
-    """The SFT model answers n prompts k times each; annotators compare every two answers.
-
-    -> groups (rows, comparisons) as the reward model trains on them, and the accuracy that the
-    annotators' own errors leave possible
-    """
+    """The SFT model answers n prompts k times each, and annotators compare. -> groups, ceiling"""
     prompts = environment.prompts(n, cfg.seed, held_out)
     rows = sample_rows(sft, tok, [tok.encode(p) for p in prompts for _ in range(k)], cfg)
-    annotator, rng = environment.Annotator(cfg.annotator_temperature), random.Random(cfg.seed)
-    groups, ceilings = [], []
-    for i, prompt in enumerate(prompts):
-        group = rows[i * k:(i + 1) * k]
-        choices = annotator.compare(prompt, [tok.decode(t[n:]) for t, n in group], rng)
-        groups.append((group, [(chosen, rejected) for chosen, rejected, _ in choices]))
-        ceilings += [ceiling for *_, ceiling in choices]
-    return groups, sum(ceilings) / len(ceilings)
-
-
-def sample_rows(model, tok, prompts, cfg):
-    """One response to each prompt (token lists) -> rows (tokens, prompt_len)"""
-    batches, _ = respond(model, tok, prompts, cfg.max_new_tokens)
-    sampled = [response for batch in batches for response in responses(*batch)]
-    return [(prompt + response, len(prompt))
-            for prompt, response in zip(prompts, sampled, strict=True)]
+    return reward.annotate(prompts, rows, tok, cfg)
 
 
 def scored_pairs(model, tok, pairs, cfg):

@@ -6,7 +6,7 @@
     python train_sft.py --data hh.jsonl.gz --init gpt2 --learning-rate 5e-5 --out out/hh-gpt2
 """
 from nanorlhf import data, environment, sft, tokenizer
-from nanorlhf.config import run, setup
+from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import answer
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.plotting import curves
@@ -42,6 +42,7 @@ def main(cfg):
     rows = data.encode(train, tok, block_size, counts)
     print(f"data      {data.describe(counts)}")
     print(f"model     {model}, on {device}")
+    fuse(cfg.compile, model)
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
@@ -51,7 +52,7 @@ def main(cfg):
     held_out_rows = data.encode(held_out, tok, block_size, counts)
     summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
 
-    model.save(cfg.out)
+    model.save(cfg.out, **tok.special)
     tok.save(cfg.out)
     summary = log.finish(**summary)
     samples(cfg.out, before, answer(model, tok, prompts, length, seed=cfg.seed))

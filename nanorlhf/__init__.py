@@ -7,7 +7,7 @@ Read in this order:
     logprobs.py  advantages.py           the sums that everything below is made of
     sft.py  reward.py  ppo.py            imitate, judge, improve
     dpo.py  ilql.py                      other losses that learn from the same data
-    evaluate.py                          did it help?
+    evaluate.py  bench.py                did it help? how fast is it?
 
 The other files serve these: config.py, runlog.py, checkpoint.py, pretrained.py, data.py,
 plotting.py.

@@ -151,3 +151,17 @@ def autocast(device, dtype):
     """The context in which matrix products run in the format that precision() makes of dtype."""
     dtype = precision(device, dtype)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def fuse(wanted, *models):
+    """Compile the trunks of models with torch.compile, if that is wanted and can be done here."""
+    if not wanted:
+        return
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=models[0].device))
+    except Exception as error:  # of many kinds: no compiler, no Triton, ...
+        print(f"compile   cannot be done here ({type(error).__name__}): goes on without")
+        return
+    for model in models:
+        model.transformer.compile()
+    print("compile   on: steps of a new shape wait for it")

@@ -303,6 +303,13 @@ def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
         start = max(0, start - len(batches))
 
 
+def in_parts(rows, size):
+    """Rows, `size` at a time; all at once if size is 0."""
+    size = size or max(1, len(rows))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
 def collate(rows, pad, device="cpu"):
     """Rows (tokens, prompt_len) -> tokens (B, T), prompt_len (B,), mask (B, R)"""
     T = max(len(tokens) for tokens, _ in rows)

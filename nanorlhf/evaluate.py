@@ -20,7 +20,7 @@ import torch
 
 from nanorlhf import UserError, data, environment, reward, tokenizer
 from nanorlhf.config import autocast, run, setup
-from nanorlhf.generate import generate, responses
+from nanorlhf.generate import respond
 from nanorlhf.logprobs import kl_k1, response_logprobs
 from nanorlhf.model import GPT
 
@@ -38,17 +38,6 @@ class EvaluateConfig:
     seed: int = 1                     # of prompts and sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
-
-
-def respond(model, tok, prompts, max_new_tokens, temperature=1.0, batch_size=250):
-    """Answer each prompt (token lists). -> batches (tokens, prompt_len, mask), texts"""
-    batches, texts = [], []
-    for i in range(0, len(prompts), batch_size):
-        batch = generate(model, prompts[i:i + batch_size], max_new_tokens, temperature,
-                         tok.eos, tok.pad)
-        batches.append(batch)
-        texts += [tok.decode(r) for r in responses(*batch)]
-    return batches, texts
 
 
 @torch.no_grad()
@@ -135,7 +124,8 @@ def compare(policy, against, tok, prompts, judge, cfg):
     summary, scores = {}, []
     for name, model in ("policy", policy), ("against", against):
         # 64 at a time, for `describe` holds the logits: 0.6 GB with GPT-2's vocabulary.
-        batches, texts = respond(model, tok, rows, cfg.max_new_tokens, cfg.temperature, 64)
+        batches, texts = respond(model, tok, rows, cfg.max_new_tokens, cfg.temperature, 64,
+                                 cfg.dtype)
         scores.append(score_batches(judge, batches, cfg.dtype))
         numbers = describe(model, against, batches, texts, cfg)
         numbers = dict(score=sum(scores[-1]) / len(rows), **numbers)

@@ -12,20 +12,22 @@ al. 2024); an entropy bonus, as the KL price already keeps the policy from colla
 top-p sampling, since the tokens would come from another distribution than the one that is scored.
 """
 import time
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint
-from nanorlhf.advantages import gae
+from nanorlhf import UserError, checkpoint
+from nanorlhf.advantages import gae, grpo, reinforce, rloo
 from nanorlhf.config import autocast
-from nanorlhf.data import endless
+from nanorlhf.data import endless, in_parts
 from nanorlhf.generate import generate
 from nanorlhf.logprobs import (
     entropy,
     kl_k1,
     kl_k3,
+    masked,
     masked_mean,
     response_logits,
     response_logprobs,
@@ -46,11 +48,14 @@ class PPOConfig:
     data: list[str] = field(default_factory=list)  # files of prompts; none: the built-in world
     prompts: int = 4000               # distinct prompts to train on (built-in world)
     eval_prompts: int = 500           # held-out prompts for the win rate
-    steps: int = 60                   # rounds of collect and update
+    advantage: Literal["gae", "reinforce", "rloo", "grpo"] = "gae"  # all but gae need no critic
+    responses: int = 1                # to each prompt; rloo and grpo compare them with each other
+    steps: int = 40                   # rounds of collect and update
     batch_size: int = 64              # responses a round
     epochs: int = 2                   # passes over them
     minibatches: int = 2              # gradient steps a pass
-    learning_rate: float = 3e-4       # of the policy, at the first step; falls to zero
+    micro_batch_size: int = 0         # responses in memory at once, same result; 0: no limit
+    learning_rate: float = 6e-4       # of the policy, at the first step; falls to zero
     critic_learning_rate: float = 1e-3  # of the critic, likewise
     kl_coef: float = 0.1              # price of one nat away from the reference
     kl_target: float = 0.0      # nats a response for the price to aim at; 0: fixed price
@@ -65,9 +70,16 @@ class PPOConfig:
     seed: int = 1                     # of sampling and data order
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    compile: bool = False             # fuse with torch.compile: a long start, faster steps
     save_every: int = 50              # rounds between saves that --resume continues from
     resume: bool = False              # go on from the last save
     overwrite: bool = False           # replace a run of other settings
+
+    def __post_init__(self):
+        fewest = 2 if self.advantage in ("rloo", "grpo") else 1
+        if self.responses < fewest or self.batch_size % self.responses:
+            raise UserError(f"--responses: expected {fewest} or more that divide the batch size of "
+                            f"{self.batch_size} for {self.advantage}, came {self.responses}")
 
 
 @dataclass
@@ -80,15 +92,19 @@ class Rollout:
     old_logprobs: torch.Tensor    # (B, R)  when sampled
     ref_logprobs: torch.Tensor    # (B, R)  under the frozen reference
     entropy: torch.Tensor         # (B, R)  of the choice each token was drawn from
-    old_values: torch.Tensor      # (B, R)  the critic's, before each token
     scores: torch.Tensor          # (B,)    of the whole response
     rewards: torch.Tensor         # (B, R)  after the KL price
-    advantages: torch.Tensor      # (B, R)  whitened: what the policy is pushed by
-    returns: torch.Tensor         # (B, R)  what the critic should have said
+    advantages: torch.Tensor      # (B, R)  what the policy is pushed by
+    old_values: torch.Tensor | None = None  # (B, R)  the critic's, before each token
+    returns: torch.Tensor | None = None     # (B, R)  what the critic should have said
+
+    def __len__(self):
+        return len(self.tokens)
 
     def __getitem__(self, rows):
         """The same for some of the responses."""
-        return Rollout(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Rollout(**{name: x if x is None else x[rows] for name, x in mine.items()})
 
 
 # --- collect -------------------------------------------------------------------------------------
@@ -100,32 +116,55 @@ def collect(policy, reference, critic, score, prompts, cfg, kl_coef, eos, pad):
     score: a plain function, (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,) -> Rollout
     """
     # 1. Respond. The models are in eval mode throughout: dropout would change the log-probs.
-    tokens, prompt_len, mask = generate(policy, prompts, cfg.max_new_tokens, cfg.temperature,
-                                        eos, pad)
-    R = mask.shape[1]
-    chosen = response_tokens(tokens, prompt_len, R)                                         # (B, R)
-    ended = ((chosen == eos) & mask).any(1)                                                  # (B,)
+    with autocast(policy.device, cfg.dtype):
+        tokens, prompt_len, mask = generate(policy, prompts, cfg.max_new_tokens, cfg.temperature,
+                                            eos, pad, cfg.responses)
+    ended = ((response_tokens(tokens, prompt_len, mask.shape[1]) == eos) & mask).any(1)      # (B,)
 
     # 2. Measure. Old log-probs come from the same forward pass as the update's, not from the
     #    sampler's step by step one, so that the ratio starts at exactly 1.
-    with autocast(policy.device, cfg.dtype):
-        logits = response_logits(policy, tokens, prompt_len, R)
-        old_logprobs = token_logprobs(logits, chosen, cfg.temperature)
-        choices = entropy(logits, cfg.temperature)
-        ref_logprobs = response_logprobs(reference, tokens, prompt_len, R, cfg.temperature)
-        old_values = response_window(critic(tokens), prompt_len, R)
-        scores = score(tokens, prompt_len, mask)
+    parts = zip(*(x.split(cfg.micro_batch_size or len(x)) for x in (tokens, prompt_len, mask)))
+    measured = [measure(policy, reference, critic, score, *part, cfg) for part in parts]
+    said = {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
 
     # 3. Reward: the score on the last token, and on every token the price of its KL.
-    kl = kl_k1(old_logprobs, ref_logprobs)
-    rewards = shape_rewards(scores - cfg.no_end_penalty * ~ended, kl, mask, kl_coef)
+    kl = kl_k1(said["old_logprobs"], said["ref_logprobs"])
+    rewards = shape_rewards(said["scores"] - cfg.no_end_penalty * ~ended, kl, mask, kl_coef)
 
-    # 4. Compare with what the critic expected. Returns are taken before whitening, which would put
-    #    the critic's targets on another scale than its values.
-    advantages = gae(rewards, old_values, mask, cfg.gamma, cfg.lam)
-    returns = advantages + old_values
-    return Rollout(tokens, prompt_len, mask, ended, old_logprobs, ref_logprobs, choices, old_values,
-                   scores, rewards, whiten(advantages, mask), returns)
+    # 4. Compare with what was to be expected: by the critic of each token, or by other responses of
+    #    the whole. Returns are taken before whitening, which would put the critic's targets on
+    #    another scale than its values.
+    if critic is None:
+        advantages = by_response(rewards.sum(1), cfg)[:, None].expand_as(rewards)
+        returns = None
+    else:
+        raw = gae(rewards, said["old_values"], mask, cfg.gamma, cfg.lam)
+        advantages, returns = whiten(raw, mask), raw + said["old_values"]
+    return Rollout(tokens, prompt_len, mask, ended, rewards=rewards, advantages=advantages,
+                   returns=returns, **said)
+
+
+def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
+    """What each model says of responses. -> {field of Rollout: (B, R); scores: (B,)}"""
+    R = mask.shape[1]
+    with autocast(policy.device, cfg.dtype):
+        logits = response_logits(policy, tokens, prompt_len, R)
+        chosen = response_tokens(tokens, prompt_len, R)
+        said = dict(
+            old_logprobs=token_logprobs(logits, chosen, cfg.temperature),
+            ref_logprobs=response_logprobs(reference, tokens, prompt_len, R, cfg.temperature),
+            entropy=entropy(logits, cfg.temperature),
+            scores=score(tokens, prompt_len, mask))
+        if critic is not None:
+            said["old_values"] = response_window(critic(tokens), prompt_len, R)
+    return said
+
+
+def by_response(scores, cfg):
+    """One advantage a response, from what it and others earned after the KL price. (B,) -> (B,)"""
+    if cfg.advantage == "reinforce":
+        return reinforce(scores)
+    return dict(rloo=rloo, grpo=grpo)[cfg.advantage](scores, cfg.responses)
 
 
 def shape_rewards(scores, kl, mask, kl_coef):
@@ -133,7 +172,7 @@ def shape_rewards(scores, kl, mask, kl_coef):
 
     scores (B,), kl (B, R), mask (B, R) -> rewards (B, R)
     """
-    rewards = -kl_coef * kl * mask
+    rewards = -kl_coef * masked(kl, mask)
     last = mask.sum(1) - 1                             # (B,) the end token, if it has one
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
@@ -147,7 +186,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     The minimum takes the clipped term only where it is the worse one: a token that has already
     moved far enough in its good direction gets no further push. All (B, R) -> scalar
     """
-    ratio = (logprobs - old_logprobs).exp()                                    # 1 on the first pass
+    ratio = masked(logprobs - old_logprobs, mask).exp()                        # 1 on the first pass
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -masked_mean(surrogate, mask)
 
@@ -162,37 +201,43 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
 
 
 def update(policy, critic, optimizers, rollout, cfg):
-    """A few epochs of minibatches over one rollout. -> metrics, averaged over the minibatches"""
-    metrics, count = {}, 0
+    """A few epochs of gradient steps over one rollout. -> metrics, averaged over the steps"""
+    history = []
     for _ in range(cfg.epochs):
-        for rows in torch.randperm(len(rollout.tokens)).chunk(cfg.minibatches):
-            batch = rollout[rows]
-            R = batch.mask.shape[1]
+        for rows in torch.randperm(len(rollout)).chunk(cfg.minibatches):
+            history.append(step(policy, critic, optimizers, rollout[rows], cfg, not history))
+    return {name: torch.stack([metrics[name] for metrics in history]).mean().item()
+            for name in history[0]}
+
+
+def step(policy, critic, optimizers, minibatch, cfg, first):
+    """One gradient step, on as many rows at a time as there is memory for. -> metrics"""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    metrics = Counter()
+    for batch in in_parts(minibatch, cfg.micro_batch_size):
+        R, mask = batch.mask.shape[1], batch.mask
+        with autocast(policy.device, cfg.dtype):
+            logprobs = response_logprobs(policy, batch.tokens, batch.prompt_len, R, cfg.temperature)
+        if first:
+            check_ratio(logprobs.detach(), batch)
+        losses = dict(policy_loss=policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask,
+                                              cfg.clip))
+        if critic is not None:
             with autocast(policy.device, cfg.dtype):
-                logprobs = response_logprobs(policy, batch.tokens, batch.prompt_len, R,
-                                             cfg.temperature)
                 values = response_window(critic(batch.tokens), batch.prompt_len, R)
-            if count == 0:
-                check_ratio(logprobs.detach(), batch)
-            losses = (
-                policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, cfg.clip),
-                value_loss(values, batch.old_values, batch.returns, batch.mask, cfg.value_clip))
-            norms = [step(model, optimizer, loss, cfg.grad_clip)
-                     for model, optimizer, loss in zip((policy, critic), optimizers, losses)]
+            losses["value_loss"] = value_loss(values, batch.old_values, batch.returns, mask,
+                                              cfg.value_clip)
+        share = mask.sum() / minibatch.mask.sum()   # each token weighs the same, however we split
+        (share * sum(losses.values())).backward()   # two networks: neither loss reaches the other's
+        for name, x in (losses | diagnose(logprobs, batch, cfg.clip)).items():
+            metrics[name] += share * x.detach()
 
-            count += 1
-            for name, x in diagnose(logprobs.detach(), batch, cfg.clip, losses, norms).items():
-                metrics[name] = metrics.get(name, 0) + x
-    return {name: (total / count).item() for name, total in metrics.items()}
-
-
-def step(model, optimizer, loss, grad_clip):
-    """One gradient step. -> the gradient's norm before clipping"""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    return norm
+    for name, model, optimizer in zip(("policy", "critic"), (policy, critic), optimizers):
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        metrics[f"{name}_grad_norm"] = norm
+        optimizer.step()
+    return metrics
 
 
 def check_ratio(logprobs, batch):
@@ -203,14 +248,12 @@ def check_ratio(logprobs, batch):
     assert gap < 0.01, f"the first minibatch's ratio is off by {gap:.3g} on average: expected 1"
 
 
-def diagnose(logprobs, batch, clip, losses, norms):
-    """Numbers to watch during the update. -> {name: scalar tensor}"""
+def diagnose(logprobs, batch, clip):
+    """How far the policy has moved since the rollout. -> {name: scalar tensor}"""
     log_ratio = logprobs - batch.old_logprobs
     return dict(
-        policy_loss=losses[0].detach(), value_loss=losses[1].detach(),
         clip_frac=masked_mean(((log_ratio.exp() - 1).abs() > clip).float(), batch.mask),
-        approx_kl=masked_mean(kl_k3(batch.old_logprobs, logprobs), batch.mask),   # old from new
-        policy_grad_norm=norms[0], value_grad_norm=norms[1])
+        approx_kl=masked_mean(kl_k3(batch.old_logprobs, logprobs), batch.mask))   # old from new
 
 
 # --- train ---------------------------------------------------------------------------------------
@@ -218,15 +261,18 @@ def diagnose(logprobs, batch, clip, losses, norms):
 def summarise(rollout):
     """One rollout in a few numbers. Sums over a response for KL, which is priced per response."""
     mask = rollout.mask
-    error, returns = rollout.returns - rollout.old_values, rollout.returns[mask]
-    return dict(
+    numbers = dict(
         score=rollout.scores.mean(),
-        kl=(kl_k1(rollout.old_logprobs, rollout.ref_logprobs) * mask).sum(1).mean(),
-        kl_k3=(kl_k3(rollout.old_logprobs, rollout.ref_logprobs) * mask).sum(1).mean(),
+        kl=masked(kl_k1(rollout.old_logprobs, rollout.ref_logprobs), mask).sum(1).mean(),
+        kl_k3=masked(kl_k3(rollout.old_logprobs, rollout.ref_logprobs), mask).sum(1).mean(),
         entropy=masked_mean(rollout.entropy, mask),                                   # nats a token
         response_len=mask.sum(1).float().mean(),
-        ended=rollout.ended.float().mean(),
-        explained_variance=1 - error[mask].var() / returns.var().clamp(min=1e-8))
+        ended=rollout.ended.float().mean())
+    if rollout.returns is not None:
+        error = (rollout.returns - rollout.old_values)[mask]
+        variance = rollout.returns[mask].var().clamp(min=1e-8)
+        numbers["explained_variance"] = 1 - error.var() / variance
+    return numbers
 
 
 def adapt(kl_coef, kl, cfg):
@@ -237,17 +283,27 @@ def adapt(kl_coef, kl, cfg):
     return kl_coef * (1 + 0.1 * error * cfg.batch_size / 64)
 
 
+def make_optimizers(policy, critic):
+    """One for each network there is; `train` sets the learning rates before every update."""
+    return [torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1e-5,
+                              weight_decay=0.0, fused=True)
+            for model in (policy, critic) if model is not None]
+
+
 def train(policy, reference, critic, score, prompts, eos, pad, cfg, log):
-    """prompts: list of token lists. -> summary; the policy and the critic have learnt in place"""
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1e-5,
-                                    weight_decay=0.0, fused=True) for model in (policy, critic)]
-    parts = dict(policy=policy, critic=critic, policy_optimizer=optimizers[0],
-                 critic_optimizer=optimizers[1])
+    """prompts: list of token lists; critic: None where the advantage needs none. -> summary
+
+    The policy and the critic learn in place.
+    """
+    optimizers = make_optimizers(policy, critic)
+    parts = dict(policy=policy, policy_optimizer=optimizers[0])
+    if critic is not None:
+        parts |= dict(critic=critic, critic_optimizer=optimizers[1])
     seen = dict(step=0, tokens=0, kl_coef=cfg.kl_coef, score=0.0, kl=0.0)
     if cfg.resume:
         seen = checkpoint.load_state(cfg.out, parts)
     reference.requires_grad_(False)
-    batches = endless(prompts, cfg.batch_size, cfg.seed, seen["step"], length=len)
+    batches = endless(prompts, cfg.batch_size // cfg.responses, cfg.seed, seen["step"], length=len)
 
     for number in log.steps(seen["step"], cfg.steps):
         began = time.perf_counter()

@@ -6,6 +6,8 @@ shifted and scaled so that the SFT model's own samples score mean 0 and standard
 """
 import importlib.util
 import math
+import random
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,9 +15,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import UserError, checkpoint
+from nanorlhf import UserError, checkpoint, environment
 from nanorlhf.config import autocast
-from nanorlhf.data import collate, endless
+from nanorlhf.data import collate, endless, in_parts
 from nanorlhf.logprobs import response_tokens
 from nanorlhf.model import ScalarGPT
 
@@ -33,12 +35,14 @@ class RMConfig:
     held_out_prompts: int = 1000      # prompts to measure on, one comparison each (built-in world)
     steps: int = 0                    # updates; 0: one pass over the comparisons
     batch_size: int = 4               # prompts an update, with all their comparisons
-    learning_rate: float = 1e-3       # at the first step; falls to zero in a straight line
+    micro_batch_size: int = 0         # prompts in memory at once, same result; 0: no limit
+    learning_rate: float = 1e-3       # after 20 steps of warm-up; falls in a straight line to zero
     weight_decay: float = 0.01        # on every weight
     grad_clip: float = 1.0            # longest gradient step
     seed: int = 1                     # of the head, data order, samples and annotators
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    compile: bool = False             # fuse with torch.compile: a long start, faster steps
     save_every: int = 200             # steps between saves that --resume continues from
     resume: bool = False              # go on from the last save
     overwrite: bool = False           # replace a run of other settings
@@ -61,6 +65,22 @@ def score(model, tokens, prompt_len, mask):
 
 
 # --- comparisons ---------------------------------------------------------------------------------
+
+def annotate(prompts, rows, tok, cfg):
+    """The built-in annotators compare every two answers to each prompt. prompts: texts; rows: as
+    many answers to each, side by side
+
+    -> groups (rows, comparisons) as `train` takes them, and the accuracy that the annotators' own
+    errors leave possible
+    """
+    annotator, rng = environment.Annotator(cfg.annotator_temperature), random.Random(cfg.seed)
+    groups, ceilings, k = [], [], len(rows) // len(prompts)
+    for prompt, group in zip(prompts, in_parts(rows, k), strict=True):
+        choices = annotator.compare(prompt, [tok.decode(t[n:]) for t, n in group], rng)
+        groups.append((group, [(chosen, rejected) for chosen, rejected, _ in choices]))
+        ceilings += [ceiling for *_, ceiling in choices]
+    return groups, sum(ceilings) / len(ceilings)
+
 
 def by_prompt(pairs):
     """Pairs of rows -> one group a prompt: (rows, comparisons), each response once.
@@ -105,22 +125,29 @@ def train(model, groups, pad, cfg, log):
 
     for step in log.steps(seen["step"], steps):
         model.train()
-        (tokens, prompt_len, mask), chosen, rejected = gather(next(batches), pad, model.device)
-        with autocast(model.device, cfg.dtype):
-            scores = score(model, tokens, prompt_len, mask)
-        loss = bradley_terry_loss(scores[chosen], scores[rejected])
         anneal = min((step + 1) / 20, 1 - step / steps)
         for group in optimizer.param_groups:
             group["lr"] = group["times"] * cfg.learning_rate * anneal
         optimizer.zero_grad()
-        loss.backward()
+        batch, metrics = next(batches), Counter()
+        pairs = sum(len(comparisons) for _, comparisons in batch)
+        for part in in_parts(batch, cfg.micro_batch_size):
+            (tokens, prompt_len, mask), chosen, rejected = gather(part, pad, model.device)
+            with autocast(model.device, cfg.dtype):
+                scores = score(model, tokens, prompt_len, mask)
+            loss = bradley_terry_loss(scores[chosen], scores[rejected])
+            share = len(chosen) / pairs          # each comparison weighs the same, however we split
+            (share * loss).backward()
+            margin = (scores[chosen] - scores[rejected]).detach()
+            for name, x in dict(loss=loss.detach(), margin=margin.mean(),
+                                accuracy=(margin > 0).float().mean()).items():
+                metrics[name] += share * x
+            seen["tokens"] += tokens.numel()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
 
-        margin = (scores[chosen] - scores[rejected]).detach()
-        seen = dict(step=step + 1, tokens=seen["tokens"] + tokens.numel())
-        log.write(step, loss=loss, accuracy=(margin > 0).float().mean(), margin=margin.mean(),
-                  lr=optimizer.param_groups[1]["lr"], grad_norm=grad_norm)
+        seen["step"] = step + 1
+        log.write(step, **metrics, lr=optimizer.param_groups[1]["lr"], grad_norm=grad_norm)
         if seen["step"] % cfg.save_every == 0:
             checkpoint.save_state(cfg.out, parts, **seen)
     model.eval()
@@ -146,9 +173,9 @@ def normalise(model, rows, pad, dtype):
 def score_rows(model, rows, pad, dtype, batch_size=64):
     """rows: list of (tokens, prompt_len) -> scores, one a row"""
     scores = []
-    for i in range(0, len(rows), batch_size):
+    for part in in_parts(rows, batch_size):
         with autocast(model.device, dtype):
-            scores.append(score(model, *collate(rows[i:i + batch_size], pad, model.device)))
+            scores.append(score(model, *collate(part, pad, model.device)))
     return torch.cat(scores)
 
 

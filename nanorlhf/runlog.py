@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from nanorlhf import UserError
 
-NOT_SETTINGS = ("out", "device", "resume", "overwrite")  # how to run, not what is run
+# How to run, not what is run:
+NOT_SETTINGS = ("out", "device", "micro_batch_size", "compile", "resume", "overwrite")
 
 
 def open_run(folder, cfg, resume=False, overwrite=False):

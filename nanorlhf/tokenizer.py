@@ -118,6 +118,8 @@ class Tokenizer:
         self.eos = len(ranks)
         self.pad = len(ranks) + 1
         self.vocab_size = len(ranks) + 2
+        # By these names a model's config.json tells other libraries where a text ends.
+        self.special = dict(bos_token_id=self.eos, eos_token_id=self.eos, pad_token_id=self.pad)
         self._bpe = tiktoken.Encoding(
             "bpe", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={}
         )

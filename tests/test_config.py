@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from nanorlhf import UserError, config
-from nanorlhf.config import autocast, find_device, parse, precision, run, setup
+from nanorlhf.config import autocast, find_device, fuse, parse, precision, run, setup
+from nanorlhf.model import GPT, GPTConfig
 
 
 @dataclass
@@ -175,6 +176,20 @@ def test_autocast_changes_matrix_products_and_only_when_asked():
         assert (a @ a).dtype == torch.bfloat16
     with autocast(torch.device("cpu"), "float32"):
         assert (a @ a).dtype == torch.float32
+
+
+def test_where_nothing_can_be_compiled_the_run_goes_on_and_says_so(monkeypatch, capsys):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model = GPT(GPTConfig(vocab_size=11, n_positions=8, n_layer=1, n_head=1, n_embd=8))
+    fuse(True, model)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "cannot be done here (RuntimeError)" in said
+    assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 11)
+    fuse(False, model)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_wrong_flag_in_a_real_process_prints_one_line_and_no_traceback(tmp_path):

@@ -19,6 +19,7 @@ from nanorlhf.data import (
     encode_pairs,
     encode_prompts,
     endless,
+    in_parts,
     preferences,
     prompts,
     render,
@@ -441,3 +442,9 @@ def test_the_dice_of_the_run_are_left_alone():
     before = random.getstate()
     next(endless(SEVEN, 3, seed=1))
     assert random.getstate() == before
+
+
+@pytest.mark.parametrize("size, parts", [(2, [[0, 1], [2, 3], [4]]), (9, [[0, 1, 2, 3, 4]])])
+def test_in_parts_loses_nothing(size, parts):
+    assert list(in_parts(range(5), size)) == [range(part[0], part[-1] + 1) for part in parts]
+    assert list(in_parts([1, 2], 0)) == [[1, 2]] and list(in_parts([], 0)) == []

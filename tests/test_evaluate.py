@@ -15,11 +15,11 @@ from nanorlhf.evaluate import (
     describe,
     distinct,
     held_out_prompts,
-    respond,
     score_batches,
     true_reward,
     win_rate,
 )
+from nanorlhf.generate import respond
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, GPTConfig
 
@@ -114,6 +114,19 @@ def test_perplexity_of_a_reference_that_knows_nothing_is_the_size_of_the_vocabul
     batches, texts = respond(model, tok, [[1, 2], [3]], 12)
     found = describe(model, ignorant, batches, texts, CFG)
     assert found["perplexity"] == pytest.approx(tok.vocab_size, rel=1e-4)
+
+
+def test_padding_is_no_part_of_what_a_response_is_like(tok):
+    model, other = make_model(tok), make_model(tok, seed=1)
+    rows = [([1, 2, 3, 4, 5, tok.eos], 2), ([6, tok.eos], 1)]
+
+    def sums(rows):
+        batches = [data.collate(rows, tok.pad)]
+        found = describe(model, other, batches, ["text"] * len(rows), CFG)
+        surprise = math.log(found["perplexity"]) * found["response_len"]
+        return torch.tensor([found["kl"], found["response_len"], surprise]) * len(rows)
+
+    assert torch.allclose(sums(rows), sums(rows[:1]) + sums(rows[1:]), atol=1e-5)
 
 
 # --- responding ---

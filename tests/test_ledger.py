@@ -4,6 +4,7 @@ and that belong to no other file."""
 import ast
 import copy
 import dataclasses
+import json
 import math
 import random
 import re
@@ -14,9 +15,8 @@ import pytest
 import torch
 
 import train_ppo
-import train_rm
-from nanorlhf import UserError, config, environment, ppo, reward, sft, tokenizer
-from nanorlhf.data import collate
+from nanorlhf import UserError, config, environment, generate, ppo, reward, sft, tokenizer
+from nanorlhf.data import collate, split
 from nanorlhf.generate import sample
 from nanorlhf.logprobs import kl_k1
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
@@ -111,12 +111,13 @@ class Enough(Exception):
 
 def test_sampled_tokens_are_never_read_back_from_text(monkeypatch):
     """An untrained model writes what no tokenizer would: reading the text back gives other ids."""
-    tok, drawn, real = tokenizer.learn(environment.prompts(50), 300), [], train_rm.responses
+    tok, batches, real = tokenizer.learn(environment.prompts(50), 300), [], generate.generate
     torch.manual_seed(0)
     model = GPT(GPTConfig(tok.vocab_size, n_positions=96, n_layer=1, n_head=2, n_embd=16)).eval()
     prompts = [tok.encode(p) for p in environment.prompts(20)]
-    monkeypatch.setattr(train_rm, "responses", lambda *a: drawn.extend(real(*a)) or drawn)
-    rows = train_rm.sample_rows(model, tok, prompts, RMConfig(max_new_tokens=12))
+    monkeypatch.setattr(generate, "generate", lambda *a: batches.append(real(*a)) or batches[-1])
+    rows = generate.sample_rows(model, tok, prompts, RMConfig(max_new_tokens=12))
+    drawn = [response for batch in batches for response in generate.responses(*batch)]
     assert rows == [(p + r, len(p)) for p, r in zip(prompts, drawn, strict=True)]
     plain = [[t for t in response if t not in (tok.eos, tok.pad)] for response in drawn]
     assert sum(tok.encode(tok.decode(response)) != response for response in plain) > 15
@@ -253,8 +254,10 @@ def update_of_reward(model):
 
 
 def update_of_ppo(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step(model, optimizer, model(torch.tensor([[1, 2, 3]])).square().mean(), 1.0)
+    _, reference, critic = three_models()
+    rollout = roll((model, reference, critic))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, critic)]
+    step(model, critic, optimizers, rollout, CFG, first=False)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +285,7 @@ def test_approx_kl_is_the_kl_from_the_old_policy_to_the_new():
     new = torch.randn(1, 50).log_softmax(-1)
     old = torch.full((1, 50), -math.log(50))
     batch = SimpleNamespace(old_logprobs=old, mask=torch.ones(1, 50).bool())
-    found = diagnose(new, batch, 0.2, (torch.zeros(()), torch.zeros(())), (0, 0))["approx_kl"]
+    found = diagnose(new, batch, 0.2)["approx_kl"]
     assert found.item() == pytest.approx((old.exp() * (old - new)).sum().item(), rel=1e-5)
     assert abs(found - (new.exp() * (new - old)).sum()) > 0.05
 
@@ -290,11 +293,11 @@ def test_approx_kl_is_the_kl_from_the_old_policy_to_the_new():
 def test_what_stands_behind_the_mask_reaches_no_loss_no_gradient_and_no_metric():
     models = three_models()
     rollout = roll(models)
-    mask, losses = rollout.mask, (torch.zeros(()), torch.zeros(()))
+    mask = rollout.mask
     assert (~mask).sum() > 3
     names = "old_logprobs ref_logprobs entropy old_values rewards advantages returns".split()
     found = []
-    for garbage in None, 3.0, -50.0:
+    for garbage in None, 3.0, -50.0, 1e5, float("nan"):
         spoilt = copy.deepcopy(rollout)
         logprobs = rollout.old_logprobs + 0.3 * torch.sin(torch.arange(mask.numel())).view_as(mask)
         if garbage is not None:
@@ -305,9 +308,9 @@ def test_what_stands_behind_the_mask_reaches_no_loss_no_gradient_and_no_metric()
         loss = policy_loss(logprobs, spoilt.old_logprobs, spoilt.advantages, mask)
         loss.backward()
         assert (logprobs.grad[~mask] == 0).all() and logprobs.grad[mask].any()
-        numbers = summarise(spoilt) | diagnose(logprobs.detach(), spoilt, 0.2, losses, (0, 0))
+        numbers = summarise(spoilt) | diagnose(logprobs.detach(), spoilt, 0.2)
         found.append(torch.tensor([loss.item(), *numbers.values()]))
-    assert torch.allclose(found[0], found[1]) and torch.allclose(found[0], found[2])
+    assert all(torch.allclose(found[0], other) for other in found)
     assert 0 < found[0][list(numbers).index("clip_frac") + 1] < 1
 
 
@@ -340,9 +343,9 @@ def test_a_policy_that_has_not_moved_is_at_no_distance():
     assert torch.equal(rollout.rewards.sum(1), rollout.scores)
 
 
-def test_ppo_starts_from_sft_stays_near_sft_and_asks_the_reward_model(monkeypatch, tmp_path):
-    """The reference is the SFT model. The critic begins as the reward model, and then goes its own
-    way: the one that scores is another copy."""
+def start_of_ppo(monkeypatch, tmp_path, **settings):
+    """train_ppo.py as far as ppo.train. -> the tokenizer, the SFT and the reward model that were
+    saved, and what ppo.train is given"""
     tok, given = tokenizer.learn(environment.prompts(50), 300), []
     shape = GPTConfig(tok.vocab_size, n_positions=64, n_layer=1, n_head=2, n_embd=16)
     saved = GPT(shape), ScalarGPT(shape)
@@ -359,10 +362,17 @@ def test_ppo_starts_from_sft_stays_near_sft_and_asks_the_reward_model(monkeypatc
     folders = {name: str(tmp_path / name) for name in ("sft", "rm")}
     cfg = PPOConfig(
         out=str(tmp_path / "out"), prompts=8, eval_prompts=3, max_new_tokens=8, dtype="float32",
-        **folders,
+        **folders, **settings,
     )  # fmt: skip
     with pytest.raises(Enough):
         train_ppo.main(cfg)
+    return tok, saved, given
+
+
+def test_ppo_starts_from_sft_stays_near_sft_and_asks_the_reward_model(monkeypatch, tmp_path):
+    """The reference is the SFT model. The critic begins as the reward model, and then goes its own
+    way: the one that scores is another copy."""
+    tok, saved, given = start_of_ppo(monkeypatch, tmp_path)
     policy, reference, critic, score = given[:4]
     assert torch.equal(weights(policy), weights(saved[0]))
     assert torch.equal(weights(reference), weights(saved[0]))
@@ -376,6 +386,16 @@ def test_ppo_starts_from_sft_stays_near_sft_and_asks_the_reward_model(monkeypatc
                 w += 1
         assert torch.equal(weights(reference), weights(saved[0]))
         assert torch.equal(score(*batch), expected)
+
+
+def test_ppo_never_trains_on_a_prompt_that_is_held_out(monkeypatch, tmp_path):
+    records = [dict(prompt=f"question {i}") for i in range(100)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tok, _, given = start_of_ppo(monkeypatch, tmp_path, data=[str(file)])
+    train, held_out = split(records)
+    assert {tok.decode(tokens) for tokens in given[4]} == {record["prompt"] for record in train}
+    assert held_out
 
 
 # --- memory (40) ---

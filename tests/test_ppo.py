@@ -1,17 +1,40 @@
 """PPO in pieces small enough to work by hand, and then whole, on a task that takes seconds."""
 
+import contextlib
 import copy
 import dataclasses
+import json
+import math
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 
-from nanorlhf import ppo
-from nanorlhf.advantages import gae
-from nanorlhf.logprobs import masked_mean, response_logprobs, response_tokens, response_window
+from nanorlhf import UserError, ppo
+from nanorlhf.advantages import gae, grpo, reinforce, rloo
+from nanorlhf.logprobs import (
+    masked,
+    masked_mean,
+    response_logprobs,
+    response_tokens,
+    response_window,
+)
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
-from nanorlhf.ppo import PPOConfig, adapt, collect, policy_loss, shape_rewards, update, value_loss
-from nanorlhf.runlog import RunLog
+from nanorlhf.ppo import (
+    PPOConfig,
+    Rollout,
+    adapt,
+    collect,
+    diagnose,
+    policy_loss,
+    shape_rewards,
+    step,
+    summarise,
+    update,
+    value_loss,
+)
+from nanorlhf.runlog import RunLog, read
 
 TINY = GPTConfig(vocab_size=11, n_positions=20, n_layer=1, n_head=2, n_embd=16)
 EOS, PAD, LIKED = 9, 10, 3
@@ -233,6 +256,14 @@ def test_dropout_left_on_is_caught():
         one_update(policy, critic, rollout, CFG)
 
 
+def test_an_update_does_not_turn_dropout_on():
+    """It would stop the run, as the first ratio would not be 1."""
+    policy, reference, critic = (model.eval() for model in three_models(dropout=0.3))
+    rollout = collect(policy, reference, critic, share_of_liked, PROMPTS, CFG, 0.1, EOS, PAD)
+    one_update(policy, critic, rollout, CFG)
+    assert not any(module.training for model in (policy, critic) for module in model.modules())
+
+
 def spy_on(monkeypatch, name):
     """The arguments of every call of a function of ppo.py, which goes on doing what it does."""
     seen, real = [], getattr(ppo, name)
@@ -240,14 +271,24 @@ def spy_on(monkeypatch, name):
     return seen
 
 
-def test_every_response_is_in_one_minibatch_of_each_epoch(monkeypatch):
+def deal(monkeypatch):
+    """Eight responses, and who is in each minibatch of three epochs: known by their log-probs."""
     rollout, policy, _, critic = roll(prompts=PROMPTS * 2)
     calls = spy_on(monkeypatch, "policy_loss")
     one_update(policy, critic, rollout, dataclasses.replace(CFG, epochs=3, minibatches=2))
-    seen = [old_logprobs[:, 0].tolist() for _, old_logprobs, *_ in calls]
+    seen = [sorted(old_logprobs[:, 0].tolist()) for _, old_logprobs, *_ in calls]
+    return sorted(rollout.old_logprobs[:, 0].tolist()), seen
+
+
+def test_every_response_is_in_one_minibatch_of_each_epoch(monkeypatch):
+    everyone, seen = deal(monkeypatch)
     assert [len(batch) for batch in seen] == [4] * 6
     for first, second in zip(seen[::2], seen[1::2], strict=True):
-        assert sorted(first + second) == sorted(rollout.old_logprobs[:, 0].tolist())
+        assert sorted(first + second) == everyone
+
+
+def test_every_epoch_deals_the_minibatches_anew(monkeypatch):
+    assert len({tuple(batch) for batch in deal(monkeypatch)[1]}) == 6
 
 
 def test_each_loss_has_its_own_clip(monkeypatch):
@@ -256,6 +297,69 @@ def test_each_loss_has_its_own_clip(monkeypatch):
     cfg = dataclasses.replace(CFG, clip=0.11, value_clip=0.77, epochs=1, minibatches=1)
     one_update(policy, critic, rollout, cfg)
     assert (policy_calls[0][-1], value_calls[0][-1]) == (0.11, 0.77)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_how_the_rows_are_split_to_fit_into_memory_changes_nothing(size):
+    """Rows differ in length, so that a mean of the parts' means would be another number."""
+    found = []
+    for micro_batch_size in 0, size:
+        cfg = dataclasses.replace(CFG, micro_batch_size=micro_batch_size, epochs=2, minibatches=2)
+        rollout, policy, _, critic = roll(cfg, PROMPTS * 3)
+        assert len(set(rollout.mask.sum(1).tolist())) > 3
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (policy, critic)]
+        torch.manual_seed(2)
+        metrics = update(policy, critic, optimizers, rollout, cfg)
+        weights = torch.cat([w.flatten() for m in (policy, critic) for w in m.parameters()])
+        found.append((rollout.returns, weights, torch.tensor([*metrics.values()])))
+    for whole, parts in zip(*found, strict=True):
+        assert torch.allclose(whole, parts, atol=2e-5)
+
+
+def test_a_step_is_no_longer_than_allowed():
+    """Each network has a length of its own, and the length before the cut is what is logged."""
+    moved, logged = [], []
+    for grad_clip in 1e9, 1e-3:
+        rollout, *models = roll()
+        policy, critic = models[0], models[2]
+        before = [[w.detach().clone() for w in model.parameters()] for model in (policy, critic)]
+        optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (policy, critic)]
+        cfg = dataclasses.replace(CFG, grad_clip=grad_clip)
+        metrics = step(policy, critic, optimizers, rollout, cfg, first=True)
+        logged += [metrics["policy_grad_norm"].item(), metrics["critic_grad_norm"].item()]
+        moved += [
+            sum((w - old).square().sum() for w, old in zip(model.parameters(), was, strict=True))
+            for model, was in zip((policy, critic), before, strict=True)
+        ]
+    lengths = torch.stack(moved).sqrt().tolist()
+    assert lengths == pytest.approx([*logged[:2], 1e-3, 1e-3], rel=1e-3)
+    assert logged[:2] == logged[2:] and min(logged) > 0.1 and logged[0] != logged[1]
+
+
+MASK = torch.tensor([[True, True], [True, False]])
+
+
+def rollout_of(**known):
+    """Two responses, of two tokens and of one; what is not given is 0."""
+    names = "old_logprobs ref_logprobs entropy old_values rewards advantages returns".split()
+    given = {name: torch.tensor(known.get(name, [[0.0, 0], [0, 0]])) for name in names}
+    scores, ended = torch.tensor([1.0, 4.0]), torch.tensor([False, True])
+    return Rollout(None, None, mask=MASK, ended=ended, scores=scores, **given)
+
+
+def test_how_far_an_update_has_moved_by_hand():
+    batch = rollout_of(old_logprobs=[[-1.0, -1], [-1, 0]])
+    found = diagnose(batch.old_logprobs + torch.tensor([[0.5, -0.5], [0.1, 0]]), batch, 0.2)
+    assert found["clip_frac"].item() == pytest.approx(2 / 3)  # one above 1.2, one below 0.8
+    kl = sum(math.exp(d) - 1 - d for d in (0.5, -0.5, 0.1)) / 3
+    assert found["approx_kl"].item() == pytest.approx(kl)
+
+
+def test_the_numbers_of_an_update_are_means_over_its_steps(monkeypatch):
+    rollout, policy, _, critic = roll()
+    numbers = iter([dict(loss=torch.tensor(x)) for x in (1.0, 2.0, 6.0, 7.0)])
+    monkeypatch.setattr(ppo, "step", lambda *_: next(numbers))
+    assert update(policy, critic, (), rollout, CFG) == dict(loss=4.0)
 
 
 # --- the KL price ---
@@ -271,7 +375,33 @@ def test_the_price_rises_above_the_target_and_falls_below(kl, price):
     assert adapt(1.0, kl, cfg) == pytest.approx(price)
 
 
+def test_the_price_goes_on_from_what_it_was_the_round_before(tmp_path):
+    cfg = dataclasses.replace(CFG, steps=4, kl_target=1.0, batch_size=64)
+    train(cfg, log=RunLog(tmp_path))
+    rows = read(tmp_path)
+    assert len(rows) == 4 and rows[0]["kl_coef"] == cfg.kl_coef
+    for before, after in pairwise(rows):
+        price = adapt(before["kl_coef"], before["kl"], cfg)
+        assert after["kl_coef"] == pytest.approx(price, rel=1e-5)
+        assert after["kl_coef"] < 0.99 * before["kl_coef"]  # so there was something to go on from
+
+
 # --- train ---
+
+
+def test_the_numbers_of_a_rollout_by_hand():
+    rollout = rollout_of(
+        old_logprobs=[[-1.0, -2], [-3, 0]], ref_logprobs=[[-1.5, -1], [-5, 0]],
+        entropy=[[1.0, 2], [6, 0]], returns=[[1.0, 2], [3, 0]], old_values=[[1.0, 1.5], [2, 0]],
+    )  # fmt: skip
+    gaps = [0.5, -1, 2]
+    expected = dict(
+        score=2.5, kl=sum(gaps) / 2, kl_k3=sum(math.exp(-d) - 1 + d for d in gaps) / 2,
+        entropy=3, response_len=1.5, ended=0.5,
+        explained_variance=1 - 0.25 / 1,  # errors 0, 0.5 and 1; returns 1, 2 and 3
+    )  # fmt: skip
+    found = {name: x.item() for name, x in summarise(rollout).items()}
+    assert found == pytest.approx(expected)
 
 
 TOY = dataclasses.replace(
@@ -320,6 +450,44 @@ def test_learning_rates_fall_in_a_straight_line(monkeypatch):
     assert torch.allclose(torch.tensor(rates), torch.tensor(expected))
 
 
+@pytest.mark.parametrize("advantage", ["reinforce", "rloo", "grpo"])
+def test_without_a_critic_the_score_goes_up_too(advantage, tmp_path):
+    cfg = dataclasses.replace(TOY, advantage=advantage, responses=4, out=str(tmp_path))
+    policy, reference, _ = three_models()
+    torch.manual_seed(1)
+    log = RunLog(tmp_path)
+    ppo.train(policy, reference, None, share_of_liked, PROMPTS * 16, EOS, PAD, cfg, log)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["score"] < 0.2 and rows[-1]["score"] > 0.5
+    assert not {"value_loss", "critic_grad_norm", "explained_variance"} & rows[0].keys()
+
+
+@pytest.mark.parametrize(
+    "advantage, expected",
+    [("reinforce", reinforce), ("rloo", partial(rloo, G=4)), ("grpo", partial(grpo, G=4))],
+)
+def test_without_a_critic_a_response_is_pushed_by_all_that_it_earned(advantage, expected):
+    policy, reference, _ = three_models()
+    with torch.no_grad():
+        reference.transformer.wte.weight += 0.1 * torch.randn(11, 16)
+    cfg = dataclasses.replace(CFG, advantage=advantage, responses=4, batch_size=16)
+    rollout = collect(policy, reference, None, share_of_liked, PROMPTS, cfg, 0.1, EOS, PAD)
+    assert rollout.old_values is None and rollout.returns is None
+    assert rollout.prompt_len.tolist() == [n for n in (1, 3, 2, 4) for _ in range(4)]
+    earned = expected(rollout.rewards.sum(1))
+    assert torch.allclose(rollout.advantages, earned[:, None].expand_as(rollout.rewards))
+    kl = masked(rollout.old_logprobs - rollout.ref_logprobs, rollout.mask).sum(1)
+    assert torch.allclose(rollout.rewards.sum(1), rollout.scores - 0.1 * kl, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(advantage="rloo"), dict(responses=3, batch_size=64), dict(responses=0)]
+)
+def test_responses_that_cannot_be_compared_are_refused(settings):
+    with pytest.raises(UserError, match="--responses: expected"):
+        PPOConfig(**settings)
+
+
 def test_a_dearer_kl_keeps_the_policy_closer():
     cheap, dear = (train(dataclasses.replace(TOY, kl_coef=c))[0]["kl"] for c in (0.01, 1.0))
     assert dear < 0.5 * cheap
@@ -329,6 +497,21 @@ class Interrupted(RunLog):
     def write(self, step, **metrics):
         if step == 5:
             raise KeyboardInterrupt
+
+
+def test_without_a_critic_a_resumed_run_is_the_same_run_too(tmp_path):
+    cfg = dataclasses.replace(
+        TOY, advantage="rloo", responses=4, steps=6, save_every=3, out=str(tmp_path)
+    )
+    policies = []
+    for log, changes in (RunLog(), {}), (Interrupted(), {}), (RunLog(), dict(resume=True)):
+        policy, reference, _ = three_models()
+        torch.manual_seed(1)
+        arguments = share_of_liked, PROMPTS * 16, EOS, PAD, dataclasses.replace(cfg, **changes), log
+        with contextlib.suppress(KeyboardInterrupt):
+            ppo.train(policy, reference, None, *arguments)
+        policies.append(policy)
+    assert same(policies[0], policies[2])
 
 
 def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):

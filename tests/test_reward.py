@@ -54,9 +54,9 @@ def test_a_judge_who_knows_nothing_pays_ln_2():
 
 
 def test_the_loss_by_hand():
-    # Margins ln 3 and -ln 3: probabilities 3/4 and 1/4 of what was chosen.
-    loss = bradley_terry_loss(torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 3.0]).log())
-    assert loss.item() == pytest.approx(-(math.log(3 / 4) + math.log(1 / 4)) / 2)
+    # Margins ln 3 and -ln 7: probabilities 3/4 and 1/8 of what was chosen.
+    loss = bradley_terry_loss(torch.tensor([3.0, 1.0]).log(), torch.tensor([1.0, 7.0]).log())
+    assert loss.item() == pytest.approx(-(math.log(3 / 4) + math.log(1 / 8)) / 2)
 
 
 def test_only_differences_count():
@@ -226,6 +226,31 @@ def test_it_learns_a_known_order():
     ladder = [([1, 2] + [3] * k + [5] * (4 - k) + [9], 2) for k in range(5)]
     scores = score_rows(model, ladder, PAD, "float32")
     assert scores.tolist() == sorted(scores.tolist())
+
+
+def test_a_trained_reward_model_throws_no_dice():
+    model, _ = learn(dataclasses.replace(CFG, steps=1))
+    assert not any(module.training for module in model.modules())
+
+
+class Notes(RunLog):
+    def write(self, step, **metrics):
+        self.__dict__.setdefault("rows", []).append({k: float(x) for k, x in metrics.items()})
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_how_the_prompts_are_split_to_fit_into_memory_changes_nothing(size):
+    """Prompts differ in their comparisons, so that a mean of means would be another number."""
+    groups = [(rows, wins[: 1 + i % 3]) for i, (rows, wins) in enumerate(toy_comparisons(12, 1))]
+    found = []
+    for micro_batch_size in 0, size:
+        torch.manual_seed(0)
+        model, log = ScalarGPT(TINY), Notes()
+        cfg = dataclasses.replace(CFG, micro_batch_size=micro_batch_size)
+        reward.train(model, groups, PAD, cfg, log)
+        found.append((model, log.rows))
+    for whole, parts in zip(*(rows for _, rows in found), strict=True):
+        assert parts == pytest.approx(whole, abs=1e-4)
 
 
 class Interrupted(RunLog):

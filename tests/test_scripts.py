@@ -92,6 +92,9 @@ def test_what_was_trained_can_be_loaded(workshop):
     assert reward.load(out / "rm").config.vocab_size == tok.vocab_size
     config = json.loads((out / "rm" / "config.json").read_text())
     assert config["reward_std"] > 0 and "reward_mean" in config
+    for folder in "sft", "rm", "ppo", "ppo/critic":
+        config = json.loads((out / folder / "config.json").read_text())
+        assert (config["eos_token_id"], config["pad_token_id"]) == (tok.eos, tok.pad)
 
 
 def test_the_screen_shows_something_human(workshop):

@@ -131,6 +131,23 @@ def test_a_handful_of_rows_is_learnt_by_heart(tmp_path):
     assert summary["steps"] == 60 and summary["tokens"] == 60 * (3 + 2 + 4 + 2)
 
 
+class Notes(RunLog):
+    def write(self, step, **metrics):
+        self.__dict__.setdefault("rows", []).append({k: float(x) for k, x in metrics.items()})
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_how_the_rows_are_split_to_fit_into_memory_changes_nothing(size, tmp_path):
+    """Rows differ in length, so that a mean of means would be another number."""
+    found = []
+    for micro_batch_size in 0, size:
+        log = Notes()
+        learn(dataclasses.replace(CFG, micro_batch_size=micro_batch_size, out=str(tmp_path)), log)
+        found.append(log.rows)
+    for whole, parts in zip(*found, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-3)
+
+
 def same(a, b):
     weights = zip(a.parameters(), b.parameters(), strict=True)
     return all(torch.equal(x, y) for x, y in weights)

@@ -7,8 +7,12 @@ from itertools import pairwise
 
 import pytest
 import tiktoken
+import torch
 
 from nanorlhf import UserError
+from nanorlhf.data import collate
+from nanorlhf.model import GPTConfig, ScalarGPT
+from nanorlhf.reward import score
 from nanorlhf.tokenizer import BYTES, apply_merges, learn, load, merge_pair
 
 STORY = "the cat sat on the mat, the cat saw the other cat; it's 1999 and the cat isn't there\n" * 3
@@ -164,6 +168,26 @@ def test_transformers_opens_the_folder_and_gives_the_same_ids(tmp_path):
         tokens = tokenizer.encode(text)
         assert theirs(text)["input_ids"] == tokens
         assert theirs.decode([*tokens, tokenizer.eos], skip_special_tokens=True) == text
+
+
+def test_the_special_ids_tell_transformers_where_a_row_ends_and_what_fills_it(tmp_path):
+    """Were they swapped, it would read a reward at the padding, or one token early."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = learn([STORY], 300)
+    torch.manual_seed(0)
+    model = ScalarGPT(GPTConfig(tokenizer.vocab_size, 16, n_layer=1, n_head=2, n_embd=16)).eval()
+    model.save(tmp_path, **tokenizer.special)
+    tokenizer.save(tmp_path)
+    said, vocab = (
+        json.loads((tmp_path / name).read_text(encoding="utf-8"))
+        for name in ("config.json", "vocab.json")
+    )
+    assert said["bos_token_id"] == said["eos_token_id"] == vocab["<|endoftext|>"]
+    assert said["pad_token_id"] == vocab["<|pad|>"]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    batch = collate([([1, 2, 3, 4, 5, tokenizer.eos], 2), ([6, tokenizer.eos], 1)], tokenizer.pad)
+    with torch.no_grad():
+        assert torch.allclose(theirs(batch[0]).logits[:, 0], score(model, *batch), atol=1e-6)
 
 
 def write(folder, vocab=None, merges=None):
