@@ -54,7 +54,8 @@ def save_state(folder, parts, **numbers):
     """What resuming needs: parts ({name: model or optimizer}), numbers, random numbers."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with replacing(Path(folder) / "state.pt") as file:
-        torch.save(dict(state, numbers=numbers, random=torch.get_rng_state()), file)
+        dice = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
+        torch.save(dict(state, numbers=numbers, random=dice), file)
 
 
 def load_state(folder, parts):
@@ -64,7 +65,8 @@ def load_state(folder, parts):
         state = torch.load(path, map_location="cpu", weights_only=True)  # refuses to run code
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
+        torch.set_rng_state(state["random"]["cpu"])
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
         return state["numbers"]
     except Exception as error:  # OSError, EOFError, RuntimeError, UnpicklingError, ...
         what = type(error).__name__

@@ -71,7 +71,7 @@ class PPOConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
     compile: bool = False             # fuse with torch.compile: a long start, faster steps
-    save_every: int = 50              # rounds between saves that --resume continues from
+    save_every: int = 10              # rounds between saves that --resume continues from
     resume: bool = False              # go on from the last save
     overwrite: bool = False           # replace a run of other settings
 
@@ -319,6 +319,6 @@ def train(policy, reference, critic, score, prompts, eos, pad, cfg, log):
                   tokens_per_s=tokens / (time.perf_counter() - began))
         seen = dict(step=number + 1, tokens=seen["tokens"] + tokens, score=metrics["score"],
                     kl=metrics["kl"], kl_coef=adapt(seen["kl_coef"], metrics["kl"], cfg))
-        if seen["step"] % cfg.save_every == 0:
+        if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)
     return dict(steps=cfg.steps, tokens=seen["tokens"], score=seen["score"], kl=seen["kl"])

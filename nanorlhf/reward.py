@@ -148,7 +148,7 @@ def train(model, groups, pad, cfg, log):
 
         seen["step"] = step + 1
         log.write(step, **metrics, lr=optimizer.param_groups[1]["lr"], grad_norm=grad_norm)
-        if seen["step"] % cfg.save_every == 0:
+        if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)
     model.eval()
     return dict(steps=steps, tokens=seen["tokens"])

@@ -15,8 +15,11 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -91,7 +94,10 @@ def write_whole(path, content):
     """The whole text or none of it: a crash in the middle leaves the old file."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may keep the new name and lose its content
     os.replace(temporary, path)
 
 
@@ -104,21 +110,38 @@ class RunLog:
     def __init__(self, folder=None, every=10, columns=()):
         self.folder = Path(folder) if folder else None
         self.every, self.columns = every, columns
-        self.ends, self.bar = set(), None
+        self.ends, self.bar, self.interrupted = set(), None, False
         self.began = time.perf_counter()
 
     def steps(self, start, stop):
-        """start ... stop - 1, with a progress bar where someone is watching."""
+        """start ... stop - 1, with a progress bar where someone is watching.
+
+        Ctrl-C lets the step end, so that it can be saved; a second one does not wait.
+        """
         if self.folder:
             # A run that died after its last save has logged the steps that it now makes again.
             rows = read(self.folder) if start > 0 else []
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] < start]
             write_whole(self.folder / "log.jsonl", "".join(kept))
         self.ends = {start, stop - 1}
-        with tqdm(total=stop, initial=start, disable=None, leave=False) as self.bar:
+        with tqdm(total=stop, initial=start, disable=None, leave=False) as self.bar, patience(self):
             for step in range(start, stop):
                 yield step
                 self.bar.update()
+                if self.interrupted:
+                    raise KeyboardInterrupt
+
+    def due(self, done, every):
+        """Is it time to save, `done` steps being done? If so, their log is safe on the disk.
+
+        Every so many steps, after the last one, and when Ctrl-C asks for it. No folder, no saving.
+        """
+        last = done - 1 == max(self.ends, default=None)
+        if not self.folder or not (last or self.interrupted or done % every == 0):
+            return False
+        with open(self.folder / "log.jsonl", "a") as file:
+            os.fsync(file.fileno())
+        return True
 
     def write(self, step, **metrics):
         metrics = {name: rounded(name, x, f"at step {step}") for name, x in metrics.items()}
@@ -139,6 +162,26 @@ class RunLog:
         if self.folder:
             write_whole(self.folder / "summary.json", summary)
         return summary
+
+
+@contextmanager
+def patience(log):
+    """While it lasts, Ctrl-C only makes a note of itself in the log, the first time."""
+
+    def note(*_):
+        if log.interrupted:
+            raise KeyboardInterrupt
+        log.interrupted = True
+        tqdm.write("stops and saves after this step; Ctrl-C again stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are none of its business
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def rounded(name, value, where):

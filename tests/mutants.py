@@ -287,8 +287,15 @@ MUTANTS = [
            'cfg.seed, seen["step"])', "cfg.seed)",
            "test_sft.py::test_a_resumed_run_ends_with_the_very_same_weights"),
     Mutant("a resumed run that throws other dice", 32, "nanorlhf/checkpoint.py",
-           '        torch.set_rng_state(state["random"])\n', "",
+           '        torch.set_rng_state(state["random"]["cpu"])\n', "",
            "test_checkpoint.py::test_everything_goes_on_where_it_was"),
+
+    Mutant("a Ctrl-C that saves nothing", 42, "nanorlhf/runlog.py",
+           "last or self.interrupted or", "last or",
+           "test_runlog.py::test_ctrl_c_lets_the_step_end_and_asks_for_a_save"),
+    Mutant("a second Ctrl-C that waits as well", 42, "nanorlhf/runlog.py",
+           "if log.interrupted:", "if False:",
+           "test_runlog.py::test_a_second_ctrl_c_does_not_wait"),
 
     # --- judge ---
     Mutant("Bradley-Terry with its sides swapped", 12, "nanorlhf/reward.py",

@@ -7,6 +7,7 @@ import json
 import math
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,7 +377,7 @@ def test_the_price_rises_above_the_target_and_falls_below(kl, price):
 
 
 def test_the_price_goes_on_from_what_it_was_the_round_before(tmp_path):
-    cfg = dataclasses.replace(CFG, steps=4, kl_target=1.0, batch_size=64)
+    cfg = dataclasses.replace(CFG, steps=4, kl_target=1.0, batch_size=64, out=str(tmp_path))
     train(cfg, log=RunLog(tmp_path))
     rows = read(tmp_path)
     assert len(rows) == 4 and rows[0]["kl_coef"] == cfg.kl_coef
@@ -409,10 +410,15 @@ TOY = dataclasses.replace(
 )
 
 
+def diary(cfg):
+    """A log with a folder if the test has given one; without, nothing is saved."""
+    return RunLog(cfg.out if Path(cfg.out).is_absolute() else None)
+
+
 def train(cfg, models=None, log=None):
     models = models or three_models()
     torch.manual_seed(cfg.seed)
-    summary = ppo.train(*models, share_of_liked, PROMPTS * 16, EOS, PAD, cfg, log or RunLog())
+    summary = ppo.train(*models, share_of_liked, PROMPTS * 16, EOS, PAD, cfg, log or diary(cfg))
     return summary, models
 
 
@@ -504,7 +510,8 @@ def test_without_a_critic_a_resumed_run_is_the_same_run_too(tmp_path):
         TOY, advantage="rloo", responses=4, steps=6, save_every=3, out=str(tmp_path)
     )
     policies = []
-    for log, changes in (RunLog(), {}), (Interrupted(), {}), (RunLog(), dict(resume=True)):
+    for kind, changes in (RunLog, {}), (Interrupted, {}), (RunLog, dict(resume=True)):
+        log = kind(tmp_path)
         policy, reference, _ = three_models()
         torch.manual_seed(1)
         arguments = share_of_liked, PROMPTS * 16, EOS, PAD, dataclasses.replace(cfg, **changes), log
@@ -518,7 +525,7 @@ def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):
     cfg = dataclasses.replace(TOY, steps=6, save_every=3, kl_target=1.0, out=str(tmp_path))
     whole, models = train(cfg)
     with pytest.raises(KeyboardInterrupt):
-        train(cfg, log=Interrupted())
+        train(cfg, log=Interrupted(tmp_path))
     others = three_models()
     with torch.no_grad():
         for model in (others[0], others[2]):  # whatever stands in them, it is replaced

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,10 +209,15 @@ def toy_comparisons(n, seed):
     return groups
 
 
+def diary(cfg):
+    """A log with a folder if the test has given one; without, nothing is saved."""
+    return RunLog(cfg.out if Path(cfg.out).is_absolute() else None)
+
+
 def learn(cfg, log=None):
     torch.manual_seed(0)
     model = ScalarGPT(dataclasses.replace(TINY, dropout=0.1))  # dropout, so that dice are thrown
-    summary = reward.train(model, toy_comparisons(200, 1), PAD, cfg, log or RunLog())
+    summary = reward.train(model, toy_comparisons(200, 1), PAD, cfg, log or diary(cfg))
     return model, summary
 
 
@@ -263,7 +269,7 @@ def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):
     cfg = dataclasses.replace(CFG, steps=9, save_every=5, out=str(tmp_path))
     model, summary = learn(cfg)
     with pytest.raises(KeyboardInterrupt):
-        learn(cfg, Interrupted())
+        learn(cfg, Interrupted(tmp_path))
     again, summary_again = learn(dataclasses.replace(cfg, resume=True))
     assert summary == summary_again and summary["steps"] == 9
     weights = zip(model.parameters(), again.parameters(), strict=True)

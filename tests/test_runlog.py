@@ -1,6 +1,8 @@
 """A run's folder: what it keeps, what it prints, and what it refuses to overwrite."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -183,3 +185,40 @@ def test_no_response_can_break_out_of_its_block(tmp_path, capsys):
     page = (tmp_path / "samples.md").read_text(encoding="utf-8")
     assert "`````text\n````\n# big\n<script>alert(1)</script>" in page and "| a |\n`````\n" in page
     assert not {"\r", "\x1b", "\u2028"} & set(page + capsys.readouterr().out)
+
+
+# --- Ctrl-C ---
+
+
+def test_ctrl_c_lets_the_step_end_and_asks_for_a_save(tmp_path):
+    log, saves, before = RunLog(tmp_path), [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        for step in log.steps(0, 9):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            log.write(step, loss=1.0)
+            saves.append(log.due(step + 1, every=100))
+    assert saves == [False, False, True] and len(read(tmp_path)) == 3
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    log, reached = RunLog(tmp_path), []
+    with pytest.raises(KeyboardInterrupt):
+        for step in log.steps(0, 9):
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("after the second")
+    assert reached == [0]
+
+
+def test_a_save_is_due_now_and_then_and_at_the_end_and_never_without_a_folder(tmp_path):
+    log = RunLog(tmp_path)
+    found = []
+    for step in log.steps(0, 8):
+        log.write(step, loss=1.0)
+        found.append(log.due(step + 1, every=3))
+    assert found == [False, False, True, False, False, True, False, True]
+    bare = RunLog()
+    assert not any(bare.due(step + 1, every=1) for step in bare.steps(0, 3))

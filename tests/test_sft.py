@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,10 +118,15 @@ def test_biases_and_layernorms_are_not_decayed():
 # --- training ---
 
 
+def diary(cfg):
+    """A log with a folder if the test has given one; without, nothing is saved."""
+    return RunLog(cfg.out if Path(cfg.out).is_absolute() else None)
+
+
 def learn(cfg, log=None):
     torch.manual_seed(0)
     model = GPT(dataclasses.replace(TINY, dropout=cfg.dropout))
-    summary = sft.train(model, ROWS, ROWS[:2], PAD, cfg, log or RunLog())
+    summary = sft.train(model, ROWS, ROWS[:2], PAD, cfg, log or diary(cfg))
     return model, summary
 
 
@@ -166,7 +172,7 @@ def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):
     )
     model, summary = learn(cfg)
     with pytest.raises(KeyboardInterrupt):
-        learn(cfg, Interrupted())
+        learn(cfg, Interrupted(tmp_path))
     again, summary_again = learn(dataclasses.replace(cfg, resume=True))
     assert summary == summary_again
     assert same(model, again)
