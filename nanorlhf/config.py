@@ -42,9 +42,21 @@ def run(main, cls):
         message, status = " ".join(str(error).split()), 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        message, status = "out of memory: a --micro-batch-size of half as many rows, down to 1, " \
+                          "needs half as much for the same result", 2
     # Out here the traceback is gone, and with it the frame that held a progress bar on this line.
     print(message, file=sys.stderr)
     sys.exit(status)
+
+
+def out_of_memory(error):
+    """PyTorch has a type for it on a GPU, and on a CPU only words."""
+    words = "can't allocate memory", "not enough memory"  # Linux and macOS; Windows
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or any(w in str(error) for w in words)
 
 
 def parse(cls, argv=None):

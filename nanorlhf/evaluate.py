@@ -21,7 +21,7 @@ import torch
 from nanorlhf import UserError, data, environment, reward, tokenizer
 from nanorlhf.config import autocast, run, setup
 from nanorlhf.generate import respond
-from nanorlhf.logprobs import kl_k1, response_logprobs
+from nanorlhf.logprobs import kl_k1, masked, response_logprobs
 from nanorlhf.model import GPT
 
 
@@ -74,8 +74,8 @@ def describe(model, reference, batches, texts, cfg):
         with autocast(tokens.device, cfg.dtype):
             logprobs = response_logprobs(model, tokens, prompt_len, R, cfg.temperature)
             ref_logprobs = response_logprobs(reference, tokens, prompt_len, R, cfg.temperature)
-        kl += (kl_k1(logprobs, ref_logprobs) * mask).sum().item()
-        surprise -= (ref_logprobs * mask).sum().item()
+        kl += masked(kl_k1(logprobs, ref_logprobs), mask).sum().item()
+        surprise -= masked(ref_logprobs, mask).sum().item()
         length += mask.sum().item()
     return dict(kl=kl / len(texts), response_len=length / len(texts),
                 perplexity=math.exp(surprise / length), distinct_1=distinct(texts, 1),

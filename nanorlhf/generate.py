@@ -22,6 +22,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=None, pad=0, G
     A row stops at the end token `eos`, which belongs to the response: choosing to stop is an action
     too. A row cut off by the limit has no end token. Past the end stands `pad`, outside the mask.
     """
+    if not prompts or not all(prompts):
+        raise UserError("expected prompts of one token at least, came none or an empty one")
     P, limit = max(map(len, prompts)), model.config.n_positions
     if P + max_new_tokens > limit:
         raise UserError(f"a prompt of {P} tokens and max_new_tokens of {max_new_tokens} do not fit "

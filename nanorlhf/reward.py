@@ -163,6 +163,9 @@ def normalise(model, rows, pad, dtype):
     """
     scores = score_rows(model, rows, pad, dtype)
     mean, std = scores.mean(), scores.std()
+    if not std > 0:
+        raise UserError(f"the reward model says {mean.item():.3g} of every response: it has learnt "
+                        "nothing to normalise; a lower --learning-rate is the usual cure")
     head = model.score.weight[0]
     model.transformer.ln_f.bias -= mean * head / (head @ head)
     head /= std

@@ -585,10 +585,11 @@ MUTANTS = [
            "return math.log(n) - (n - 1) / n", "return math.log(n)",
            "test_exact.py::test_where_no_response_is_likely_the_bound_is_the_kl"),
     Mutant("a KL of a response that counts the padding", 31, "nanorlhf/evaluate.py",
-           "kl += (kl_k1(logprobs, ref_logprobs) * mask)", "kl += kl_k1(logprobs, ref_logprobs)",
+           "kl += masked(kl_k1(logprobs, ref_logprobs), mask)",
+           "kl += kl_k1(logprobs, ref_logprobs)",
            "test_evaluate.py::test_padding_is_no_part_of_what_a_response_is_like"),
     Mutant("a perplexity that counts the padding", 31, "nanorlhf/evaluate.py",
-           "surprise -= (ref_logprobs * mask)", "surprise -= ref_logprobs",
+           "surprise -= masked(ref_logprobs, mask)", "surprise -= ref_logprobs",
            "test_evaluate.py::test_padding_is_no_part_of_what_a_response_is_like"),
 
     # --- how fast is it? ---

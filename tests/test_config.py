@@ -192,6 +192,26 @@ def test_where_nothing_can_be_compiled_the_run_goes_on_and_says_so(monkeypatch, 
     assert capsys.readouterr().out == ""
 
 
+def run_in(main, capsys, monkeypatch):
+    """-> exit status and what was said on standard error"""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run(main, Config)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_out_of_memory_names_the_knob_to_turn(capsys, monkeypatch):
+    status, said = run_in(lambda cfg: torch.empty(2**50), capsys, monkeypatch)
+    assert status == 2 and said.count("\n") == 1
+    assert "out of memory" in said and "--micro-batch-size" in said
+
+
+def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(lambda cfg: torch.ones(2, 3) @ torch.ones(2, 3), Config)
+
+
 def test_a_wrong_flag_in_a_real_process_prints_one_line_and_no_traceback(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(

@@ -118,6 +118,12 @@ def test_what_does_not_fit_is_said_in_a_sentence(model):
     assert generate(model, PROMPTS, 25)[0].shape == (4, 32)  # to the very last position
 
 
+@pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])
+def test_a_response_needs_a_prompt(model, prompts):
+    with pytest.raises(UserError, match="expected prompts of one token at least"):
+        generate(model, prompts, 4)
+
+
 # --- the sampler draws what the scorer scores ---
 
 

@@ -144,6 +144,13 @@ def test_normalised_scores_have_mean_0_and_deviation_1_also_after_loading(model,
 # --- how good is it? ---
 
 
+def test_a_model_that_says_the_same_of_everything_cannot_be_normalised(model):
+    with torch.no_grad():
+        model.score.weight.zero_()
+    with pytest.raises(UserError, match="says 0 of every response"):
+        normalise(model, [([1, 2, 9], 1), ([3, 4, 9], 2)], PAD, "float32")
+
+
 def test_calibration_by_hand():
     odds = torch.tensor([3.0, 3.0, 1 / 3, 3.0, 19.0, 19.0])  # 75 % sure four times, 95 % twice
     table = calibration(odds.log(), bins=2)
