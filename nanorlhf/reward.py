@@ -142,11 +142,11 @@ def train(model, groups, pad, cfg, log):
             for name, x in dict(loss=loss.detach(), margin=margin.mean(),
                                 accuracy=(margin > 0).float().mean()).items():
                 metrics[name] += share * x
-            seen["tokens"] += tokens.numel()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
 
         seen["step"] = step + 1
+        seen["tokens"] += sum(len(tokens) for rows, _ in batch for tokens, _ in rows)
         log.write(step, **metrics, lr=optimizer.param_groups[1]["lr"], grad_norm=grad_norm)
         if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)

@@ -297,6 +297,21 @@ MUTANTS = [
            "if log.interrupted:", "if False:",
            "test_runlog.py::test_a_second_ctrl_c_does_not_wait"),
 
+    Mutant("DPO that sums over the padding too", 31, "nanorlhf/dpo.py",
+           "masked(response_logprobs(model, tokens, prompt_len, mask.shape[1]), mask).sum(1)",
+           "response_logprobs(model, tokens, prompt_len, mask.shape[1]).sum(1)",
+           "test_dpo.py::"
+           "test_the_log_prob_of_a_response_is_the_sum_over_its_tokens_and_no_others"),
+    Mutant("DPO whose every micro-batch weighs like a batch", 28, "nanorlhf/dpo.py",
+           "(share * loss).backward()", "loss.backward()",
+           "test_dpo.py::test_how_the_prompts_are_split_to_fit_into_memory_changes_nothing"),
+    Mutant("DPO with dropout", 18, "nanorlhf/dpo.py",
+           "        model.eval()  ", "        model.train()  ",
+           "test_dpo.py::test_the_first_line_of_the_log_says_that_nothing_has_been_learnt"),
+    Mutant("DPO that resumes without its optimizer", 42, "nanorlhf/dpo.py",
+           "dict(policy=policy, optimizer=optimizer), dict", "dict(policy=policy), dict",
+           "test_dpo.py::test_a_resumed_run_ends_with_the_very_same_weights"),
+
     # --- judge ---
     Mutant("Bradley-Terry with its sides swapped", 12, "nanorlhf/reward.py",
            "F.logsigmoid(chosen - rejected)", "F.logsigmoid(rejected - chosen)",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import ppo, reward, sft
+from nanorlhf import dpo, ppo, reward, sft
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.runlog import RunLog
 
@@ -53,7 +53,13 @@ def run_ppo(folder, resume):
     ppo.train(policy, reference, critic, score, prompts, END, PAD, cfg, RunLog(folder))
 
 
-STAGES = dict(sft=run_sft, rm=run_rm, ppo=run_ppo)
+def run_dpo(folder, resume):
+    cfg = dpo.DPOConfig(out=folder, resume=resume, steps=40, batch_size=6, **COMMON)
+    policy = GPT(STILL)
+    dpo.train(policy, copy.deepcopy(policy), GROUPS, PAD, cfg, RunLog(folder))
+
+
+STAGES = dict(sft=run_sft, rm=run_rm, ppo=run_ppo, dpo=run_dpo)
 
 
 def run(stage, folder):

@@ -74,7 +74,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_very_bits(start, stage, 
     seconds = time.perf_counter() - began  # the kills come within the same
 
     rng, kills, resumed = random.Random(stage), 0, 0
-    while kills < KILLS:
+    while kills < KILLS or resumed < 3:
         resumed += (broken / "state.pt").exists()
         pid, wait = start(stage, broken)
         time.sleep(rng.uniform(0, seconds))
@@ -91,7 +91,6 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_very_bits(start, stage, 
             saved = torch.load(broken / "state.pt", weights_only=True)
             assert saved["numbers"]["step"] == len(rows(broken))  # Ctrl-C loses nothing
     assert start(stage, broken)[1]() == 0
-    assert resumed > 2
     assert rows(broken) == rows(whole)
     assert [row["step"] for row in rows(whole)] == list(range(len(rows(whole))))
     assert same_bits(whole, broken)
