@@ -1,4 +1,4 @@
-"""Q-learning on logged text (Snell et al. 2022)."""
+"""The value loss of implicit language Q-learning (Snell et al. 2022), and no more of it yet."""
 from nanorlhf.logprobs import masked_mean
 
 
