@@ -8,7 +8,7 @@
 """
 from nanorlhf import data, environment, ppo, reward, tokenizer
 from nanorlhf.config import fuse, run, setup
-from nanorlhf.evaluate import answer, compare, held_out_prompts, true_reward
+from nanorlhf.evaluate import answer, compare, held_out_prompts
 from nanorlhf.model import GPT
 from nanorlhf.plotting import curves
 from nanorlhf.runlog import RunLog, open_run, samples
@@ -30,7 +30,7 @@ def main(cfg):
     for model in policy, reference:
         model.resize_vocab(tok.vocab_size).to(device)
     critic = reward.load(cfg.rm).to(device) if cfg.advantage == "gae" else None
-    score = score_function(cfg, tok, device)
+    score = reward.score_function(cfg, tok, device)
 
     if cfg.data:
         texts, counts = data.prompts(cfg.data)
@@ -55,7 +55,7 @@ def main(cfg):
         critic.save(f"{cfg.out}/critic", **tok.special)
 
     # Did it help? The built-in world knows; elsewhere the score itself has to say.
-    judge = score if cfg.data else true_reward(tok)
+    judge = score if cfg.data else reward.true_reward(tok)
     found = compare(policy, reference, tok, held_out, judge, cfg)
     summary |= {key: found[key] for key in ("win_rate", "win_rate_low", "win_rate_high")}
     summary["kl"] = found["kl_policy"]
@@ -72,15 +72,6 @@ def main(cfg):
     print(f"{judged}: {found['score_against']:.2f} before, {found['score_policy']:.2f} after; "
           f"see {cfg.out}/curves.png and samples.md")
     print(f"next: python -m nanorlhf.evaluate --policy {cfg.out} --against {cfg.sft}")
-
-
-def score_function(cfg, tok, device):
-    """--reward as a plain function, (tokens, prompt_len, mask) -> (B,)."""
-    if cfg.reward == "rm":
-        return reward.by_model(reward.load(cfg.rm).to(device))
-    if cfg.reward == "env":
-        return true_reward(tok)
-    return reward.by_text(reward.load_function(cfg.reward), tok)
 
 
 if __name__ == "__main__":

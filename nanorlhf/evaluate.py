@@ -142,11 +142,6 @@ def held_out_prompts(files, n, seed):
     return [record["prompt"] for record in data.split(records)[1]][:n]
 
 
-def true_reward(tok):
-    """The built-in world's own judgement as a score function."""
-    return reward.by_text(lambda pairs: [environment.gold(*pair) for pair in pairs], tok)
-
-
 def main(cfg):
     device = setup(cfg)
     if Path(cfg.judge).is_file():
@@ -161,7 +156,7 @@ def main(cfg):
     policy, against = (GPT.load(folder).resize_vocab(tok.vocab_size).to(device)
                        for folder in (cfg.policy, cfg.against))
     if cfg.judge == "env":
-        judge = true_reward(tok)
+        judge = reward.true_reward(tok)
     else:
         judge = reward.by_model(reward.load(cfg.judge).to(device))
     prompts = held_out_prompts(cfg.data, cfg.prompts, cfg.seed)

@@ -1,11 +1,13 @@
-"""GPT-2's architecture by hand: one trunk, two heads.
+"""GPT-2's architecture by hand: one trunk, three heads.
 
     GPT        tokens (B, T) -> logits (B, T, V)     what comes next
     ScalarGPT  tokens (B, T) -> (B, T)               how good so far: reward models, critics
+    QGPT       tokens (B, T) -> logits (B, T, V)     what comes next, tilted to what pays (ILQL)
 
 Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's weights load, and
 what is saved here opens in other libraries as GPT-2.
 """
+import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -168,6 +170,8 @@ class _Pretrained(nn.Module):
             folder = pretrained.fetch(folder)
         config, tensors = checkpoint.load(folder)
         _check_kind(config, tensors, Path(folder) / "config.json")
+        if cls is GPT and config.get("architectures") == [QGPT.architecture]:
+            cls = QGPT                    # a policy, too: whoever asks for one gets the whole of it
         try:
             names = "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"
             model = cls(GPTConfig(*(config[name] for name in names), dropout))
@@ -175,10 +179,11 @@ class _Pretrained(nn.Module):
             path = Path(folder) / "config.json"
             raise UserError(f"{path} is no GPT-2 configuration: it has no {missing}") from None
         # Published GPT-2 files name the trunk's weights without the prefix.
-        tensors = {name if name.startswith(("transformer.", "score.")) else f"transformer.{name}":
+        heads = tuple(f"{name}." for name, _ in model.named_children())
+        tensors = {name if name.startswith(heads) else f"transformer.{name}":
                    _stored(name, w) for name, w in tensors.items()}
         for name, w in model.state_dict().items():
-            if name not in tensors and name != "score.weight":
+            if name not in tensors and name.startswith("transformer."):
                 raise UserError(f"{folder} holds no weight {name}; expected a GPT-2 model of "
                                 f"{config['n_layer']} layers")
             if name in tensors and tensors[name].shape != w.shape:
@@ -249,5 +254,44 @@ class ScalarGPT(_Pretrained):
         super().save(folder, num_labels=1, **extra)
 
     def forward(self, tokens):
-        score = self.score(self.transformer(tokens)).squeeze(-1)
-        return score.to(torch.promote_types(score.dtype, torch.float32))
+        return wide(self.score(self.transformer(tokens)).squeeze(-1))
+
+
+def wide(x):
+    """Scores and values in float32 or better: bfloat16 has two or three digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class QGPT(GPT):
+    """A language model that weighs each token by its worth. tokens (B, T) -> logits (B, T, V)
+
+    The trunk says what is usual; two Q heads and a V head say what is gained by it. `beta`, saved
+    with the weights, is the trade: 0 is the language model itself (Snell et al. 2022, section 5).
+    """
+    architecture = "QGPT"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.q = nn.ModuleList(_value_head(config.n_embd, config.vocab_size) for _ in range(2))
+        self.target_q = copy.deepcopy(self.q).requires_grad_(False)
+        self.v = _value_head(config.n_embd, 1)
+        self.register_buffer("beta", torch.ones(()))
+
+    def save(self, folder, **extra):
+        # Not "gpt2": another library would find the trunk, drop the heads, and say nothing.
+        super().save(folder, model_type="qgpt", **extra)
+
+    def head(self, hidden):
+        """log pi + beta (Q - V), up to a constant. V shifts all tokens alike: it changes nothing
+        but keeps the logits near those of the language model. hidden (..., C) -> logits (..., V)"""
+        gain = torch.minimum(*(q(hidden) for q in self.target_q)) - self.v(hidden)
+        return super().head(hidden) + self.beta * wide(gain)
+
+
+def _value_head(C, outputs):
+    """Two layers, as a linear readout of a trunk that was trained for words says too little of
+    worth. It starts at 0: nothing is better than anything else."""
+    head = nn.Sequential(nn.Linear(C, 2 * C), nn.ReLU(), nn.Linear(2 * C, outputs))
+    nn.init.zeros_(head[2].weight)
+    nn.init.zeros_(head[2].bias)
+    return head

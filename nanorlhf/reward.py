@@ -241,6 +241,20 @@ def by_text(function, tokenizer):
     return scores
 
 
+def true_reward(tokenizer):
+    """The built-in world's own judgement, which training never sees unless it is asked to."""
+    return by_text(lambda pairs: [environment.gold(*pair) for pair in pairs], tokenizer)
+
+
+def score_function(cfg, tokenizer, device):
+    """What --reward names."""
+    if cfg.reward == "rm":
+        return by_model(load(cfg.rm).to(device))
+    if cfg.reward == "env":
+        return true_reward(tokenizer)
+    return by_text(load_function(cfg.reward), tokenizer)
+
+
 def checked(scores, n):
     scores = [float(x) for x in scores]
     if len(scores) != n or not all(map(math.isfinite, scores)):

@@ -585,7 +585,7 @@ MUTANTS = [
            "policy = reference = GPT.load(cfg.sft)",
            "test_ledger.py::test_ppo_starts_from_sft_stays_near_sft_and_asks_the_reward_model"),
     Mutant("a critic that shares its weights with the reward model", 0, "train_ppo.py",
-           "    score = score_function(cfg, tok, device)",
+           "    score = reward.score_function(cfg, tok, device)",
            "    score = reward.by_model(critic)",
            "test_ledger.py::test_ppo_starts_from_sft_stays_near_sft_and_asks_the_reward_model"),
     Mutant("PPO that trains on held-out prompts", 0, "train_ppo.py",

@@ -16,12 +16,12 @@ from nanorlhf.evaluate import (
     distinct,
     held_out_prompts,
     score_batches,
-    true_reward,
     win_rate,
 )
 from nanorlhf.generate import respond
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.reward import true_reward
 
 CFG = EvaluateConfig(device="cpu", dtype="float32", max_new_tokens=12)
 
