@@ -3,6 +3,7 @@
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft               judged by the truth
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft --judge out/rm
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft --judge choices.jsonl
+    python -m nanorlhf.evaluate frontier                 studies of many runs: see study.py
 
 In: two models and a judge. Out: the share of prompts on which the first is preferred, with its 95 %
 interval, and beside it what a win can cost: KL, length, diversity, perplexity.
@@ -10,7 +11,9 @@ interval, and beside it what a win can cost: KL, length, diversity, perplexity.
 A file of choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are
 responses of the policy and of the model to beat, and choice is "first", "second" or "tie".
 """
+import importlib
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,8 @@ from nanorlhf.config import autocast, run, setup
 from nanorlhf.generate import respond
 from nanorlhf.logprobs import kl_k1, masked, response_logprobs
 from nanorlhf.model import GPT
+
+STUDIES = "frontier", "knobs"
 
 
 @dataclass
@@ -63,6 +68,19 @@ def best_of_n_kl(n):
     appendix G.3; Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n
+
+
+def best_of_n(scores, n):
+    """How likely each response of a pool is the best of n drawn from it; ties share.
+
+    With it, what best-of-n earns is an average over the pool, and its KL is one too, of
+    log(N * probability): the estimate that best_of_n_kl can be held to. scores (P, N) -> (P, N)
+    """
+    pairs = scores[:, :, None], scores[:, None, :]
+    below, up_to = (compared.double().mean(2) for compared in (pairs[1] < pairs[0],
+                                                               pairs[1] <= pairs[0]))
+    tied = (up_to - below) * scores.shape[1]
+    return (up_to ** n - below ** n) / tied
 
 
 @torch.no_grad()
@@ -170,4 +188,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, EvaluateConfig)
+    if sys.argv[1:2] and sys.argv[1] in STUDIES:     # above this file, as they are made of it
+        importlib.import_module("nanorlhf.study").main(sys.argv.pop(1))
+    else:
+        run(main, EvaluateConfig)

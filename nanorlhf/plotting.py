@@ -134,6 +134,26 @@ def growth(panels, unit):
     return fig
 
 
+def clouds(panels, across):
+    """panels: list of (title, {label: [dots of one setting, ...]}), dots: list of (x, y) -> Figure
+
+    Every run is a pale dot; the means of the settings are joined by a line.
+    """
+    fig = Picture(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for ax, (title, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+        for number, (label, settings) in enumerate(lines.items()):
+            paint = OTHERS[number % len(OTHERS)]
+            ax.scatter(*zip(*[dot for dots in settings for dot in dots]), s=7, color=paint,
+                       alpha=0.3, linewidth=0)
+            means = sorted(tuple(np.mean(dots, 0)) for dots in settings)
+            ax.plot(*zip(*means), marker=".", color=paint, linewidth=1.6,
+                    label=label.replace("_", " "))
+        tidy(ax, title, "")
+        ax.set_xlabel(across, fontsize=8, color=GREY)
+        ax.legend(fontsize=8, frameon=False, labelcolor=INK)
+    return fig
+
+
 def draw_line(ax, label, colour, steps, values):
     """A long noisy line is drawn twice: as it is, pale, and its running mean on top."""
     if len(values) >= 50:
