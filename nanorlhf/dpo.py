@@ -38,6 +38,7 @@ class DPOConfig:
     prompts: int = 3000               # prompts to sample responses to (built-in world)
     responses: int = 4                # a prompt; annotators compare every two of them
     annotator_temperature: float = 0.45  # of annotators: they err on about 13 % of pairs
+    likes_length: float = 0.0         # bias of annotators: true reward that each word is worth
     max_new_tokens: int = 80          # longest sampled response
     held_out_prompts: int = 1000      # prompts to measure on, one comparison each (built-in world)
     steps: int = 0                    # updates; 0: one pass over the comparisons

@@ -27,7 +27,8 @@ from nanorlhf.generate import respond
 from nanorlhf.logprobs import kl_k1, masked, response_logprobs
 from nanorlhf.model import GPT
 
-STUDIES = "frontier", "knobs"
+# Studies of many runs, and where they are: above this file, as they are made of it.
+STUDIES = dict(frontier="study", knobs="study", overoptimise="overoptimise")
 
 
 @dataclass
@@ -188,7 +189,9 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in STUDIES:     # above this file, as they are made of it
-        importlib.import_module("nanorlhf.study").main(sys.argv.pop(1))
+    if sys.argv[1:2] and sys.argv[1] in STUDIES:
+        name = sys.argv.pop(1)
+        study = getattr(importlib.import_module(f"nanorlhf.{STUDIES[name]}"), name)
+        importlib.import_module("nanorlhf.study").main(study)
     else:
         run(main, EvaluateConfig)

@@ -31,6 +31,7 @@ class RMConfig:
     prompts: int = 3000               # prompts to sample responses to (built-in world)
     responses: int = 4                # a prompt; annotators compare every two of them
     annotator_temperature: float = 0.45  # of annotators: they err on about 13 % of pairs
+    likes_length: float = 0.0         # bias of annotators: true reward that each word is worth
     max_new_tokens: int = 80          # longest sampled response
     held_out_prompts: int = 1000      # prompts to measure on, one comparison each (built-in world)
     steps: int = 0                    # updates; 0: one pass over the comparisons
@@ -73,7 +74,8 @@ def annotate(prompts, rows, tok, cfg):
     -> groups (rows, comparisons) as `train` takes them, and the accuracy that the annotators' own
     errors leave possible
     """
-    annotator, rng = environment.Annotator(cfg.annotator_temperature), random.Random(cfg.seed)
+    annotator = environment.Annotator(cfg.annotator_temperature, cfg.likes_length)
+    rng = random.Random(cfg.seed)
     groups, ceilings, k = [], [], len(rows) // len(prompts)
     for prompt, group in zip(prompts, in_parts(rows, k), strict=True):
         choices = annotator.compare(prompt, [tok.decode(t[n:]) for t, n in group], rng)

@@ -111,8 +111,8 @@ def run_best_of_n(cfg, seed, dials, pool=32):
              + 0.5 * (gold[:, :, None] == gold[:, None, :])).mean(2)
     for n in dials:
         chance = best_of_n(scores, n)                                                  # (P, pool)
-        sums = dict(kl=torch.xlogy(chance, chance * pool), gold=chance * gold,
-                    win_rate=chance * beats)
+        sums = dict(kl=torch.xlogy(chance, chance * pool), proxy=chance * scores,
+                    gold=chance * gold, win_rate=chance * beats)
         yield n, {name: x.sum(1).mean().item() for name, x in sums.items()}
 
 
@@ -261,21 +261,18 @@ def tell(rows, names):
                                  str(len(same)), *cells]) + " |")
 
 
-STUDIES = dict(frontier=frontier, knobs=knobs)
-
-
 def main(study):
-    """What `python -m nanorlhf.evaluate STUDY` calls."""
-    run(partial(carry, study), StudyConfig)
+    """What `python -m nanorlhf.evaluate STUDY` calls. study: a function of a StudyConfig"""
+    run(partial(carry_on, study), StudyConfig)
 
 
-def carry(study, cfg):
-    began = time.perf_counter()
-    cfg = replace(cfg, out=cfg.out or f"out/{study}")
+def carry_on(study, cfg):
+    began, name = time.perf_counter(), study.__name__
+    cfg = replace(cfg, out=cfg.out or f"out/{name}")
     if cfg.quick:
         cfg = replace(cfg, seeds=1, prompts=1000, eval_prompts=200, steps=20)
     open_run(cfg.out, cfg, overwrite=cfg.overwrite)
     if cfg.overwrite:
-        (Path(cfg.out) / f"{study}.csv").unlink(missing_ok=True)
-    STUDIES[study](cfg)
+        (Path(cfg.out) / f"{name}.csv").unlink(missing_ok=True)
+    study(cfg)
     print(f"{(time.perf_counter() - began) / 60:.0f} minutes; see {cfg.out}")
