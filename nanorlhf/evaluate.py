@@ -26,9 +26,11 @@ from nanorlhf.config import autocast, run, setup
 from nanorlhf.generate import respond
 from nanorlhf.logprobs import kl_k1, masked, response_logprobs
 from nanorlhf.model import GPT
+from nanorlhf.runlog import RunLog, open_run
 
 # Studies of many runs, and where they are: above this file, as they are made of it.
-STUDIES = dict(frontier="study", knobs="study", overoptimise="overoptimise")
+STUDIES = dict(frontier="study", knobs="study", overoptimise="overoptimise",
+               claims="claims")
 
 
 @dataclass
@@ -37,6 +39,7 @@ class EvaluateConfig:
     policy: str = "out/ppo"           # the model to judge
     against: str = "out/sft"          # the model to beat; KL and perplexity are taken under it
     judge: str = "env"        # env (the truth), a reward model's folder, a file of choices
+    out: str = ""                     # a folder for summary.json; none: the screen alone
     data: list[str] = field(default_factory=list)  # files of prompts; their held-out part
     prompts: int = 500                # how many
     temperature: float = 1.0          # of sampling
@@ -44,6 +47,7 @@ class EvaluateConfig:
     seed: int = 1                     # of prompts and sampling
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    overwrite: bool = False           # replace the summary of other models
 
 
 @torch.no_grad()
@@ -182,6 +186,9 @@ def main(cfg):
     summary = compare(policy, against, tok, prompts, judge, cfg)
     print(f"win rate {summary['win_rate']:.3f} (95 %: {summary['win_rate_low']:.3f} to "
           f"{summary['win_rate_high']:.3f}) over {len(prompts)} held-out prompts, by {cfg.judge}\n")
+    if cfg.out:
+        open_run(cfg.out, cfg, overwrite=cfg.overwrite)
+        RunLog(cfg.out).finish(**summary)
     names = [key.removesuffix("_policy") for key in summary if key.endswith("_policy")]
     print(f"{'':16}{cfg.policy:>14}{cfg.against:>14}")
     for name in names:
