@@ -55,9 +55,10 @@ def start(device):
 def finish():
     """Training is over: the first process goes on alone, and the others end here."""
     if count() > 1:
-        others = everyone(rank()).index(rank()) > 0     # nobody leaves while another still trains
+        here = rank()
+        everyone(None)              # nobody leaves while another still trains
         dist.destroy_process_group()
-        if others:
+        if here > 0:
             sys.exit()
 
 

@@ -175,6 +175,7 @@ def open_run(folder, fails="", **settings):
         config.setup(cfg)
         print("started")
         runlog.open_run(Path(folder) / "run", cfg)
+        (Path(folder) / f"{parallel.rank()} went on").touch()
         if fails and parallel.rank() == parallel.count() - 1:
             raise dict(user=config.UserError("this process has no luck"), crash=ZeroDivisionError)[
                 fails

@@ -248,10 +248,12 @@ def test_one_process_speaks_and_goes_on_alone(start, tmp_path):
 def test_a_mistake_of_all_is_said_once_and_ends_all(start, tmp_path, settings, sentence):
     start(1, "open_run", "")
     before = (tmp_path / "run" / "settings.json").read_text()
+    (tmp_path / "0 went on").unlink()
     assert start(2, "open_run", "", **settings) == [2, 2]
     words = said(tmp_path, 0, "err") + said(tmp_path, 1, "err")
     assert sentence in words and words.count("\n") == 1
     assert (tmp_path / "run" / "settings.json").read_text() == before
+    assert not list(tmp_path.glob("* went on"))
 
 
 def test_a_mistake_of_one_process_is_said_by_it_and_ends_all(start, tmp_path):
