@@ -6,7 +6,7 @@
     python train_ppo.py --advantage grpo --responses 4      no critic: compare answers
     python train_ppo.py --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ppo
 """
-from nanorlhf import data, environment, ppo, reward, tokenizer
+from nanorlhf import data, environment, parallel, ppo, reward, tokenizer
 from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import answer, compare, held_out_prompts
 from nanorlhf.model import GPT
@@ -49,6 +49,7 @@ def main(cfg):
     before = answer(policy, tok, held_out[:3], cfg.max_new_tokens, cfg.temperature, cfg.seed)
     log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS)
     summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
+    parallel.finish()
     policy.save(cfg.out, **tok.special)
     tok.save(cfg.out)
     if critic is not None:

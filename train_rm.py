@@ -3,7 +3,7 @@
     python train_rm.py                                      the built-in world
     python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
 """
-from nanorlhf import data, environment, reward, tokenizer
+from nanorlhf import data, environment, parallel, reward, tokenizer
 from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import held_out_prompts
 from nanorlhf.generate import sample_rows
@@ -44,6 +44,7 @@ def main(cfg):
     fuse(cfg.compile, model)
     log.every = max(1, len(groups) // cfg.batch_size // 20)
     summary = reward.train(model, groups, tok.pad, cfg, log)
+    parallel.finish()
 
     # How good is it? Then shift and scale: 0 is the SFT model's average, 1 its deviation.
     found, table = reward.report(model, held_out, tok.pad, cfg.dtype)

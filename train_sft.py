@@ -5,7 +5,7 @@
     python train_sft.py --data hh.jsonl.gz --init out/base --out out/hh-sft
     python train_sft.py --data hh.jsonl.gz --init gpt2 --learning-rate 5e-5 --out out/hh-gpt2
 """
-from nanorlhf import data, environment, sft, tokenizer
+from nanorlhf import data, environment, parallel, sft, tokenizer
 from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import answer
 from nanorlhf.model import GPT, GPTConfig
@@ -51,6 +51,7 @@ def main(cfg):
     log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=("loss", "held_out_loss", "lr"))
     held_out_rows = data.encode(held_out, tok, block_size, counts)
     summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
+    parallel.finish()
 
     model.save(cfg.out, **tok.special)
     tok.save(cfg.out)

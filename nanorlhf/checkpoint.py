@@ -66,7 +66,8 @@ def load_state(folder, parts):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["random"]["cpu"])
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        for gpu, dice in zip(range(torch.cuda.device_count()), state["random"]["cuda"]):
+            torch.cuda.set_rng_state(dice, gpu)  # there may have been more, or fewer
         return state["numbers"]
     except Exception as error:  # OSError, EOFError, RuntimeError, UnpicklingError, ...
         what = type(error).__name__

@@ -31,7 +31,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from nanorlhf import UserError
+from nanorlhf import UserError, parallel
 
 
 def run(main, cls):
@@ -48,7 +48,8 @@ def run(main, cls):
         message, status = "out of memory: a --micro-batch-size of half as many rows, down to 1, " \
                           "needs half as much for the same result", 2
     # Out here the traceback is gone, and with it the frame that held a progress bar on this line.
-    print(message, file=sys.stderr)
+    if parallel.may_speak():
+        print(message, file=sys.stderr)
     sys.exit(status)
 
 
@@ -120,13 +121,18 @@ def unknown_word(word, parser):
 
 
 def setup(cfg):
-    """Seed everything that draws random numbers, and return the device that cfg.device names."""
+    """Seed everything that draws random numbers, and return the device that cfg.device names.
+
+    Where torchrun has started several processes, they meet here.
+    """
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"--seed: expected a number from 0 to 2**32 - 1, got {cfg.seed}")
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA: a 10-bit mantissa, and much faster
-    return find_device(cfg.device)
+    device = find_device(cfg.device)
+    parallel.start(device)
+    return device
 
 
 def find_device(name):

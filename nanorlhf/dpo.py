@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, environment, tokenizer
+from nanorlhf import checkpoint, data, environment, parallel, tokenizer
 from nanorlhf.config import autocast, fuse, run, setup
 from nanorlhf.data import endless, in_parts
 from nanorlhf.generate import respond, sample_rows
@@ -105,13 +105,14 @@ def train(policy, reference, groups, pad, cfg, log):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         batch, metrics = next(batches), Counter()
-        for part in in_parts(batch, cfg.micro_batch_size):
+        for part in in_parts(parallel.mine(batch), cfg.micro_batch_size):
             loss, found = compare(policy, reference, part, pad, cfg)
             share = pairs_in(part) / pairs_in(batch)     # each comparison weighs the same
             (share * loss).backward()
             for name, x in found.items():
                 metrics[name] += share * x
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+        metrics = parallel.total(metrics)
+        grad_norm = parallel.clip_gradients(policy, cfg.grad_clip)
         optimizer.step()
 
         seen["step"] = step + 1
@@ -163,6 +164,7 @@ def main(cfg):
     before = answer(policy, tok, held_out[:3], cfg)
     log.every = max(1, len(groups) // cfg.batch_size // 20)
     summary = train(policy, reference, groups, tok.pad, cfg, log)
+    parallel.finish()
     policy.save(cfg.out, **tok.special)
     tok.save(cfg.out)
 

@@ -5,7 +5,7 @@ row at its own position. Shapes never change while decoding.
 """
 import torch
 
-from nanorlhf import UserError
+from nanorlhf import UserError, parallel
 from nanorlhf.config import autocast
 from nanorlhf.logprobs import tempered
 from nanorlhf.model import KVCache
@@ -99,7 +99,10 @@ def respond(model, tok, prompts, max_new_tokens, temperature=1.0, batch_size=250
 
 def sample_rows(model, tok, prompts, cfg):
     """One response to each prompt (token lists) -> rows (tokens, prompt_len)"""
-    batches, _ = respond(model, tok, prompts, cfg.max_new_tokens, dtype=cfg.dtype)
+    prompts = parallel.mine(prompts)
+    with parallel.own_dice():
+        batches, _ = respond(model, tok, prompts, cfg.max_new_tokens, dtype=cfg.dtype)
     sampled = [response for batch in batches for response in responses(*batch)]
-    return [(prompt + response, len(prompt))
+    mine = [(prompt + response, len(prompt))
             for prompt, response in zip(prompts, sampled, strict=True)]
+    return [row for rows in parallel.everyone(mine) for row in rows]

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import UserError, checkpoint
+from nanorlhf import UserError, checkpoint, parallel
 from nanorlhf.advantages import gae, grpo, reinforce, rloo
 from nanorlhf.config import autocast
 from nanorlhf.data import endless, in_parts
@@ -116,16 +116,20 @@ def collect(policy, reference, critic, score, prompts, cfg, kl_coef, eos, pad):
     score: a plain function, (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,) -> Rollout
     """
     # 1. Respond. The models are in eval mode throughout: dropout would change the log-probs.
-    with autocast(policy.device, cfg.dtype):
-        tokens, prompt_len, mask = generate(policy, prompts, cfg.max_new_tokens, cfg.temperature,
-                                            eos, pad, cfg.responses)
-    ended = ((response_tokens(tokens, prompt_len, mask.shape[1]) == eos) & mask).any(1)      # (B,)
+    mine = parallel.mine(prompts)
+    with autocast(policy.device, cfg.dtype), parallel.own_dice():
+        tokens, prompt_len, mask = generate(policy, mine or prompts[:1], cfg.max_new_tokens,
+                                            cfg.temperature, eos, pad, cfg.responses)
 
     # 2. Measure. Old log-probs come from the same forward pass as the update's, not from the
     #    sampler's step by step one, so that the ratio starts at exactly 1.
     parts = zip(*(x.split(cfg.micro_batch_size or len(x)) for x in (tokens, prompt_len, mask)))
     measured = [measure(policy, reference, critic, score, *part, cfg) for part in parts]
     said = {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
+    said |= dict(tokens=tokens, prompt_len=prompt_len, mask=mask)
+    said = parallel.gather(said, len(mine) * cfg.responses, tokens=pad)  # what all processes did
+    tokens, prompt_len, mask = said["tokens"], said["prompt_len"], said["mask"]
+    ended = ((response_tokens(tokens, prompt_len, mask.shape[1]) == eos) & mask).any(1)      # (B,)
 
     # 3. Reward: the score on the last token, and on every token the price of its KL.
     kl = kl_k1(said["old_logprobs"], said["ref_logprobs"])
@@ -140,8 +144,7 @@ def collect(policy, reference, critic, score, prompts, cfg, kl_coef, eos, pad):
     else:
         raw = gae(rewards, said["old_values"], mask, cfg.gamma, cfg.lam)
         advantages, returns = whiten(raw, mask), raw + said["old_values"]
-    return Rollout(tokens, prompt_len, mask, ended, rewards=rewards, advantages=advantages,
-                   returns=returns, **said)
+    return Rollout(ended=ended, rewards=rewards, advantages=advantages, returns=returns, **said)
 
 
 def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
@@ -215,7 +218,7 @@ def step(policy, critic, optimizers, minibatch, cfg, first):
     for optimizer in optimizers:
         optimizer.zero_grad()
     metrics = Counter()
-    for batch in in_parts(minibatch, cfg.micro_batch_size):
+    for batch in in_parts(parallel.mine(minibatch), cfg.micro_batch_size):
         R, mask = batch.mask.shape[1], batch.mask
         with autocast(policy.device, cfg.dtype):
             logprobs = response_logprobs(policy, batch.tokens, batch.prompt_len, R, cfg.temperature)
@@ -232,10 +235,10 @@ def step(policy, critic, optimizers, minibatch, cfg, first):
         (share * sum(losses.values())).backward()   # two networks: neither loss reaches the other's
         for name, x in (losses | diagnose(logprobs, batch, cfg.clip)).items():
             metrics[name] += share * x.detach()
+    metrics = parallel.total(metrics)
 
     for name, model, optimizer in zip(("policy", "critic"), (policy, critic), optimizers):
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        metrics[f"{name}_grad_norm"] = norm
+        metrics[f"{name}_grad_norm"] = parallel.clip_gradients(model, cfg.grad_clip)
         optimizer.step()
     return metrics
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import UserError, checkpoint, environment
+from nanorlhf import UserError, checkpoint, environment, parallel
 from nanorlhf.config import autocast
 from nanorlhf.data import collate, endless, in_parts
 from nanorlhf.logprobs import response_tokens
@@ -133,7 +133,7 @@ def train(model, groups, pad, cfg, log):
         optimizer.zero_grad()
         batch, metrics = next(batches), Counter()
         pairs = sum(len(comparisons) for _, comparisons in batch)
-        for part in in_parts(batch, cfg.micro_batch_size):
+        for part in parallel.parts(batch, cfg.micro_batch_size):
             (tokens, prompt_len, mask), chosen, rejected = gather(part, pad, model.device)
             with autocast(model.device, cfg.dtype):
                 scores = score(model, tokens, prompt_len, mask)
@@ -144,7 +144,8 @@ def train(model, groups, pad, cfg, log):
             for name, x in dict(loss=loss.detach(), margin=margin.mean(),
                                 accuracy=(margin > 0).float().mean()).items():
                 metrics[name] += share * x
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        metrics = parallel.total(metrics)
+        grad_norm = parallel.clip_gradients(model, cfg.grad_clip)
         optimizer.step()
 
         seen["step"] = step + 1

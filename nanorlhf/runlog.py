@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf import UserError
+from nanorlhf import UserError, parallel
 
 # How to run, not what is run:
 NOT_SETTINGS = ("out", "device", "micro_batch_size", "compile", "resume", "overwrite")
@@ -35,7 +35,10 @@ def open_run(folder, cfg, resume=False, overwrite=False):
 
     The same settings again replace the run, so that a command can be repeated as it is.
     """
-    folder = Path(folder)
+    parallel.first_alone(prepare, Path(folder), cfg, resume, overwrite)
+
+
+def prepare(folder, cfg, resume, overwrite):
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
     if resume:
         check_resumable(folder, settings)
@@ -105,12 +108,14 @@ class RunLog:
     """All metrics to log.jsonl at every step, some to the screen now and then.
 
     every: steps from one line on the screen to the next; columns: the metrics it shows (none: all)
+
+    Of several processes the first one writes, and the others have no folder.
     """
 
     def __init__(self, folder=None, every=10, columns=()):
-        self.folder = Path(folder) if folder else None
+        self.folder = Path(folder) if folder and parallel.rank() == 0 else None
         self.every, self.columns = every, columns
-        self.ends, self.bar, self.interrupted = set(), None, False
+        self.ends, self.bar, self.interrupted, self.stopping = set(), None, False, False
         self.began = time.perf_counter()
 
     def steps(self, start, stop):
@@ -124,11 +129,12 @@ class RunLog:
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] < start]
             write_whole(self.folder / "log.jsonl", "".join(kept))
         self.ends = {start, stop - 1}
-        with tqdm(total=stop, initial=start, disable=None, leave=False) as self.bar, patience(self):
+        bar = tqdm(total=stop, initial=start, disable=parallel.rank() > 0 or None, leave=False)
+        with bar as self.bar, patience(self):
             for step in range(start, stop):
                 yield step
                 self.bar.update()
-                if self.interrupted:
+                if self.stopping:
                     raise KeyboardInterrupt
 
     def due(self, done, every):
@@ -136,8 +142,9 @@ class RunLog:
 
         Every so many steps, after the last one, and when Ctrl-C asks for it. No folder, no saving.
         """
+        self.stopping = any(parallel.everyone(self.interrupted))  # all after the same step
         last = done - 1 == max(self.ends, default=None)
-        if not self.folder or not (last or self.interrupted or done % every == 0):
+        if not self.folder or not (last or self.stopping or done % every == 0):
             return False
         with open(self.folder / "log.jsonl", "a") as file:
             os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint
+from nanorlhf import checkpoint, parallel
 from nanorlhf.config import autocast
 from nanorlhf.data import collate, endless, in_parts
 from nanorlhf.logprobs import masked_mean, response_logprobs
@@ -95,19 +95,20 @@ def train(model, rows, held_out, pad, cfg, log):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         optimizer.zero_grad()
-        batch, mean_loss = next(batches), 0.0
+        batch, metrics = next(batches), dict(loss=0.0)
         targets = sum(len(tokens) - prompt_len for tokens, prompt_len in batch)
-        for rows in in_parts(batch, cfg.micro_batch_size):
+        for rows in parallel.parts(batch, cfg.micro_batch_size):
             tokens, prompt_len, mask = collate(rows, pad, model.device)
             with autocast(model.device, cfg.dtype):
                 part = loss(model, tokens, prompt_len, mask) * mask.sum() / targets
             part.backward()
-            mean_loss += part.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            metrics["loss"] += part.detach()
+        metrics = parallel.total(metrics)
+        grad_norm = parallel.clip_gradients(model, cfg.grad_clip)
         optimizer.step()
 
         seen = dict(step=step + 1, tokens=seen["tokens"] + targets)
-        metrics = dict(loss=mean_loss, lr=learning_rate(step, cfg), grad_norm=grad_norm)
+        metrics |= dict(lr=learning_rate(step, cfg), grad_norm=grad_norm)
         if seen["step"] % cfg.save_every == 0 or seen["step"] == cfg.steps:
             final = metrics["held_out_loss"] = measure()
         log.write(step, **metrics)

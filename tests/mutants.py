@@ -291,7 +291,7 @@ MUTANTS = [
            "test_checkpoint.py::test_everything_goes_on_where_it_was"),
 
     Mutant("a Ctrl-C that saves nothing", 42, "nanorlhf/runlog.py",
-           "last or self.interrupted or", "last or",
+           "last or self.stopping or", "last or",
            "test_runlog.py::test_ctrl_c_lets_the_step_end_and_asks_for_a_save"),
     Mutant("a second Ctrl-C that waits as well", 42, "nanorlhf/runlog.py",
            "if log.interrupted:", "if False:",
@@ -502,8 +502,7 @@ MUTANTS = [
            "for metrics in history]).mean()", "for metrics in history[-1:]]).mean()",
            "test_ppo.py::test_the_numbers_of_an_update_are_means_over_its_steps"),
     Mutant("gradients that are not clipped", 0, "nanorlhf/ppo.py",
-           "clip_grad_norm_(model.parameters(), cfg.grad_clip)",
-           "clip_grad_norm_(model.parameters(), float('inf'))",
+           "clip_gradients(model, cfg.grad_clip)", "clip_gradients(model, float('inf'))",
            "test_ppo.py::test_a_step_is_no_longer_than_allowed"),
     Mutant("KL of the update with its arguments reversed", 29, "nanorlhf/ppo.py",
            "kl_k3(batch.old_logprobs, logprobs)", "kl_k3(logprobs, batch.old_logprobs)",

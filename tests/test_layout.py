@@ -14,6 +14,7 @@ MODULES = sorted(FILES.keys() - {"__init__"})
 
 # From the bottom to the top; a module imports from floors below its own.
 FLOORS = [
+    "parallel",
     "attention tokenizer config runlog checkpoint pretrained",
     "model logprobs environment plotting",
     "generate advantages data",

@@ -1,0 +1,179 @@
+"""More than one process: torchrun --nproc-per-node=2 train_ppo.py
+
+In: the same command, started once for each GPU (or, to try it, CPU). Out: what one process would
+have learnt from the same global batches, sooner. Every process draws the same batches from the same
+seed and computes its own rows of them. The loops weigh a part by its share of the global batch, so
+gradients and metrics need only be summed. A process alone gets back what it gives, to the bit.
+
+Not DistributedDataParallel: the loops call trunk and head apart, which its hook on `forward` never
+sees, and it takes the mean of gradients where rows of unequal length want the sum.
+
+Left out on purpose: sharded weights (each process holds whole models and optimizers), sending while
+the backward pass still runs, and going on without a process that died (--resume does that).
+"""
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils.rnn import pad_sequence
+
+from nanorlhf import UserError
+
+
+def launched():
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def count():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if count() > 1 else 0
+
+
+def start(device):
+    """Meet the other processes that torchrun has started, if it has. Only the first one prints."""
+    if not launched() or count() > 1:
+        return
+    if device.type == "cuda":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise UserError(f"--nproc-per-node: expected at most {there}, a GPU for each process")
+        torch.cuda.set_device(local)
+    elif device.type != "cpu":
+        raise UserError(f"several processes need --device cuda or cpu, came {device.type}")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def finish():
+    """Training is over: the first process goes on alone, and the others end here."""
+    if count() > 1:
+        here = rank()
+        everyone(None)              # nobody leaves while another still trains
+        dist.destroy_process_group()
+        if here > 0:
+            sys.exit()
+
+
+# --- each its share ------------------------------------------------------------------------------
+
+def mine(batch):
+    """The rows of a global batch that this process computes: none, where there are too few."""
+    begin, end = (len(batch) * r // count() for r in (rank(), rank() + 1))
+    return batch if count() == 1 else batch[begin:end]
+
+
+@contextmanager
+def own_dice():
+    """Random numbers of this process's own. Afterwards all go on with the same ones."""
+    if count() == 1:
+        yield
+        return
+    seed = torch.randint(2**62, ()).item() + rank()
+    gpu = [torch.cuda.current_device()] if dist.get_backend() == "nccl" else []
+    with torch.random.fork_rng(gpu):
+        torch.manual_seed(seed)
+        yield
+
+
+def parts(batch, size):
+    """My rows of a global batch, `size` at a time (all if 0), with dropout by dice of my own."""
+    rows = mine(batch)
+    size = size or max(1, len(rows))
+    with own_dice():
+        for begin in range(0, len(rows), size):
+            yield rows[begin:begin + size]
+
+
+# --- and together --------------------------------------------------------------------------------
+
+def everyone(x):
+    """A small thing of each process -> the list of them, in every process."""
+    if count() == 1:
+        return [x]
+    found = [None] * count()
+    with listening():
+        dist.all_gather_object(found, x)
+    return found
+
+
+def total(numbers):
+    """{name: this process's summand} -> {name: sum}. Who computed no rows may lack a name."""
+    if count() == 1:
+        return numbers
+    summands = everyone({name: torch.as_tensor(x).cpu() for name, x in numbers.items()})
+    names = dict.fromkeys(name for one in summands for name in one)
+    return {name: sum(one[name] for one in summands if name in one) for name in names}
+
+
+def gather(found, rows, **fill):
+    """The first `rows` rows of each process -> all, in the order of the global batch.
+
+    {name: (b, ...)} -> {name: (B, ...)}; what is narrower than another's is filled up with 0, or as
+    `fill` says
+    """
+    if count() == 1:
+        return found
+    shares, whole = everyone({name: x[:rows].cpu() for name, x in found.items()}), {}
+    for name, x in found.items():
+        column = [row.reshape(-1) for share in shares for row in share[name]]
+        column = pad_sequence(column, batch_first=True, padding_value=fill.get(name, 0))
+        whole[name] = (column if x.dim() > 1 else column[:, 0]).to(x.device)
+    return whole
+
+
+def clip_gradients(model, limit):
+    """Add up the gradients of all processes, then clip their norm. -> what it was before"""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if count() > 1:
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # it computed no rows
+        gradients = [p.grad for p in params]
+        flat = parameters_to_vector(gradients)
+        with listening():
+            dist.all_reduce(flat)
+        vector_to_parameters(flat, gradients)
+    return clip_grad_norm_(params, limit)
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+def first_alone(function, *args):
+    """The first process calls it while the others wait. Its mistake is everyone's."""
+    mistake = None
+    if rank() == 0:
+        try:
+            function(*args)
+        except UserError as error:
+            mistake = error
+    if mistake := everyone(mistake)[0]:
+        raise mistake
+
+
+@contextmanager
+def listening():
+    try:
+        yield
+    except RuntimeError as error:   # gloo notices that another is gone; with NCCL, torchrun does
+        raise UserError(f"lost the other processes: {str(error).splitlines()[0]}") from None
+
+
+def may_speak():
+    """Is this the process to say why the run ends? The first that asks; one alone always is."""
+    if not launched():
+        return True
+    if count() == 1:                # all make the same mistake, or the others have left
+        return os.environ["RANK"] == "0"
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              timeout=timedelta(seconds=2), wait_for_workers=False)
+        return store.add("nanorlhf has spoken", 1) == 1
+    except RuntimeError:            # the first process kept it and is gone, and not in silence
+        return False
