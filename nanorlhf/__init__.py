@@ -8,6 +8,7 @@ Read in this order:
     sft.py  reward.py  ppo.py            imitate, judge, improve
     dpo.py  ilql.py                      other losses that learn from the same data
     evaluate.py  bench.py                did it help? how fast is it?
+    study.py  overoptimise.py  claims.py many runs: which method, when is it too much, is it true?
 
 The other files serve these: config.py, runlog.py, checkpoint.py, pretrained.py, data.py,
 plotting.py, and parallel.py, where several processes share the work.

@@ -130,7 +130,8 @@ def answer(model, tok, prompts, max_new_tokens, temperature=1.0, seed=0):
     Long prompts lose their beginning. The random state of the run is left as it was.
     """
     room = model.config.n_positions - max_new_tokens
-    with torch.random.fork_rng():
+    gpu = [torch.cuda.current_device()] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(gpu):
         torch.manual_seed(seed)
         rows = data.encode_prompts(prompts, tok, room, Counter())
         texts = respond(model, tok, rows, max_new_tokens, temperature)[1]

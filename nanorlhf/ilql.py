@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, environment, reward, tokenizer
+from nanorlhf import checkpoint, data, environment, parallel, reward, tokenizer
 from nanorlhf.advantages import gae
 from nanorlhf.config import autocast, run, setup
 from nanorlhf.data import collate, endless, in_parts
@@ -134,7 +134,7 @@ def train(model, rows, scores, pad, cfg, log):
         optimizer.zero_grad()
         batch, metrics = next(batches), Counter()
         written = sum(len(tokens) - prompt_len for (tokens, prompt_len), _ in batch)
-        for part in in_parts(batch, cfg.micro_batch_size):
+        for part in in_parts(parallel.mine(batch), cfg.micro_batch_size):
             tokens, prompt_len, mask = collate([row for row, _ in part], pad, model.device)
             with autocast(model.device, cfg.dtype):
                 loss, found = losses(model, tokens, prompt_len, mask,
@@ -143,7 +143,8 @@ def train(model, rows, scores, pad, cfg, log):
             (share * loss).backward()
             for name, x in found.items():
                 metrics[name] += share * x
-        grad_norm = torch.nn.utils.clip_grad_norm_(heads, cfg.grad_clip)
+        metrics = parallel.total(metrics)
+        grad_norm = parallel.clip_gradients(model, cfg.grad_clip)
         optimizer.step()
         follow(model, cfg.polyak)
 
@@ -209,6 +210,7 @@ def main(cfg):
     print(f"policy    {model}, on {device}")
     log.every = max(1, len(rows) // cfg.batch_size // 20)
     summary = train(model, rows, scores, tok.pad, cfg, log)
+    parallel.finish()
     model.save(cfg.out, **tok.special)
     tok.save(cfg.out)
 

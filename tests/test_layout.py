@@ -21,6 +21,8 @@ FLOORS = [
     "sft reward",
     "ppo dpo ilql",
     "evaluate label chat bench doctor",
+    "study claims",
+    "overoptimise",
     "train_sft train_rm train_ppo",
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
