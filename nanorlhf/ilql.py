@@ -172,8 +172,10 @@ def score_log(score, rows, pad, device, dtype, batch_size=64):
     for part in in_parts(rows, batch_size):
         with torch.no_grad(), autocast(device, dtype):
             scores += score(*collate(part, pad, device)).tolist()
-    scores = torch.tensor(scores)
-    return ((scores - scores.mean()) / (scores.std() + 1e-8)).tolist()
+    # In float64 the mean of equal scores is that score; in float32 it misses it by a last digit,
+    # the deviation is as small, and the noise over the noise would be scores of about one.
+    scores = torch.tensor(scores, dtype=torch.float64)
+    return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)).tolist()
 
 
 def logged(sft, tok, cfg):

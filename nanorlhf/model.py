@@ -179,17 +179,17 @@ class _Pretrained(nn.Module):
             path = Path(folder) / "config.json"
             raise UserError(f"{path} is no GPT-2 configuration: it has no {missing}") from None
         # Published GPT-2 files name the trunk's weights without the prefix.
-        heads = tuple(f"{name}." for name, _ in model.named_children())
-        tensors = {name if name.startswith(heads) else f"transformer.{name}":
-                   _stored(name, w) for name, w in tensors.items()}
-        for name, w in model.state_dict().items():
+        own = model.state_dict()
+        tensors = {name if name in own else f"transformer.{name}": _stored(name, w)
+                   for name, w in tensors.items()}
+        for name, w in own.items():
             if name not in tensors and name.startswith("transformer."):
                 raise UserError(f"{folder} holds no weight {name}; expected a GPT-2 model of "
                                 f"{config['n_layer']} layers")
             if name in tensors and tensors[name].shape != w.shape:
                 raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json "
                                 f"asks for {tuple(w.shape)}")
-        known = {name: tensors[name] for name in model.state_dict() if name in tensors}
+        known = {name: tensors[name] for name in own if name in tensors}
         model.load_state_dict(known, strict=False)
         return model.eval()
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import dpo, ppo, reward, sft
-from nanorlhf.model import GPT, GPTConfig, ScalarGPT
+from nanorlhf import dpo, ilql, ppo, reward, sft
+from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
 from nanorlhf.runlog import RunLog
 
 TINY = GPTConfig(vocab_size=12, n_positions=20, n_layer=1, n_head=2, n_embd=16, dropout=0.2)
@@ -59,7 +59,12 @@ def run_dpo(folder, resume):
     dpo.train(policy, copy.deepcopy(policy), GROUPS, PAD, cfg, RunLog(folder))
 
 
-STAGES = dict(sft=run_sft, rm=run_rm, ppo=run_ppo, dpo=run_dpo)
+def run_ilql(folder, resume):
+    cfg = ilql.ILQLConfig(out=folder, resume=resume, steps=40, batch_size=6, **COMMON)
+    ilql.train(QGPT(STILL), ROWS, [float(len(t) % 3) for t, _ in ROWS], PAD, cfg, RunLog(folder))
+
+
+STAGES = dict(sft=run_sft, rm=run_rm, ppo=run_ppo, dpo=run_dpo, ilql=run_ilql)
 
 
 def run(stage, folder):
