@@ -60,8 +60,8 @@ def learn_reward(cfg, labels, bias, seed):
 
 def push(cfg, seed):
     """PPO at no price for KL. -> for every round its kl, proxy and gold"""
-    stage = ppo.PPOConfig(kl_coef=0.0, steps=cfg.steps, seed=seed, device=cfg.device,
-                          dtype=cfg.dtype)
+    stage = ppo.PPOConfig(kl_coef=0.0, learning_rate=3e-4, steps=cfg.steps or 60, seed=seed,
+                          device=cfg.device, dtype=cfg.dtype)
     device = setup(stage)
     tok, policy, reference = start(cfg, device)
     proxy, critic = (reward.load(cfg.rm).to(device) for _ in range(2))
@@ -108,7 +108,6 @@ LAWS = {"d (a - b d)": lambda d: d, "d (a - b log d)": np.log}
 
 def overoptimise(cfg):
     """Every reward model, every seed, pushed by PPO and by best-of-n."""
-    cfg = replace(cfg, steps=20 if cfg.quick else 60)
     tasks = [("ppo", labels, 0.0) for labels in LABELS] + [("ppo_biased", LABELS[-1], BIAS)]
     jobs = {(labels, method, seed): partial(pushed, cfg, labels, bias, seed)
             for seed in range(1, (cfg.seeds or 3) + 1) for method, labels, bias in tasks}
@@ -131,7 +130,7 @@ def tell(runs):
                            for name in ("kl", "proxy", "gold"))
         best, moved, sft = gold.argmax(), kl > 0, before[labels]
         fits = [f"{text}: {a:.2f}, {b:.2f}, {r2:.2f}" for text, decline in LAWS.items()
-                for a, b, r2 in [law(kl[moved], gold[moved] - sft, decline)]]
+                for a, b, r2 in [law(kl[moved], gold[moved] - sft, decline)] if moved.sum() > 2]
         print(f"| {labels:g} | {method} | {proxy[-1]:.2f} | {sft:.2f}, {gold[best]:.2f} "
               f"({kl[best]:.1f}), {gold[-1]:.2f} | {'; '.join(fits)} |")
 
@@ -142,7 +141,7 @@ def draw(runs):
     for (labels, method), places in runs.items():
         panel = panels.setdefault((labels, method == "ppo_biased"), {})
         for name, what in ("proxy", "reward model"), ("gold", "true reward"):
-            panel[f"{method}, {what}"] = [[(row["kl"] ** 0.5, row[name]) for row in place]
+            panel[f"{method}, {what}"] = [[(max(0, row["kl"]) ** 0.5, row[name]) for row in place]
                                           for place in places]
     return plotting.clouds([(f"{labels:g} labels" + ", length liked" * biased, panel)
                             for (labels, biased), panel in panels.items()],

@@ -2,7 +2,7 @@
 
     python -m nanorlhf.evaluate frontier           every method over its dial: truth against KL
     python -m nanorlhf.evaluate frontier --quick   one seed, short runs
-    python -m nanorlhf.evaluate knobs              PPO's settings, each halved and doubled
+    python -m nanorlhf.evaluate knobs              PPO's settings, each turned down and up
 
 In: an SFT model and a reward model of the built-in world. Out: a CSV file with a row a result, and
 a figure or a table of it. Runs are independent: each has a process with one thread, and there are
@@ -36,13 +36,13 @@ from nanorlhf.runlog import RunLog, open_run, write_whole
 @dataclass
 class StudyConfig:
     """Make many runs, and one picture of them."""
-    out: str = ""                     # the study's folder; none: out/frontier, out/knobs
+    out: str = ""                     # the study's folder; none: out/ and the study's name
     sft: str = "out/sft"              # where every run starts
     rm: str = "out/rm"                # what judges them while they learn
-    seeds: int = 0                    # of each run; 0: five for the frontier, three for the knobs
+    seeds: int = 0                    # of each run; 0: five for the frontier, three elsewhere
     prompts: int = 3000               # to learn from
     eval_prompts: int = 500           # held-out prompts to measure on
-    steps: int = 40                   # rounds of a policy gradient
+    steps: int = 0                    # rounds of a policy gradient; 0: 40, and 60 to over-optimise
     quick: bool = False               # one seed, 1,000 prompts, 20 rounds, half of the dials
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
@@ -55,7 +55,7 @@ def policy_gradient(cfg, seed, dials, advantage, responses=1, **settings):
     """PPO's loop with any of the advantages. dial: kl_coef"""
     for dial in dials:
         # A dear nat wants small steps: at 6e-4 the gradient's noise alone moves the policy a nat.
-        own = dict(steps=cfg.steps, kl_coef=dial, learning_rate=2e-4 if dial > 0.1 else 6e-4)
+        own = dict(steps=cfg.steps or 40, kl_coef=dial, learning_rate=2e-4 if dial > 0.1 else 6e-4)
         stage = ppo.PPOConfig(advantage=advantage, responses=responses, seed=seed,
                               device=cfg.device, dtype=cfg.dtype, **own | settings)
         device = setup(stage)
@@ -156,7 +156,8 @@ def carry_out(jobs, path, columns, keys):
     rows = read_csv(path) if path.exists() else []
     made = {tuple(row[name] for name in keys) for row in rows}
     jobs = {key: job for key, job in jobs.items() if key not in made}
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), alone) as pool:
+    workers = max(1, min(os.cpu_count(), len(jobs)))
+    with ProcessPoolExecutor(workers, get_context("spawn"), alone) as pool:
         try:
             futures = [pool.submit(job) for job in jobs.values()]
             for future in tqdm(as_completed(futures), total=len(jobs), desc="runs", leave=False):
