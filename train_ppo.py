@@ -29,8 +29,8 @@ def main(cfg):
     tok = tokenizer.load(cfg.sft)
     for model in policy, reference:
         model.resize_vocab(tok.vocab_size).to(device)
-    critic = reward.load(cfg.rm).to(device) if cfg.advantage == "gae" else None
-    score = score_function(cfg, tok, device)
+    critic = reward.load_beside(cfg.rm, policy, tok) if cfg.advantage == "gae" else None
+    score = score_function(cfg, tok, policy)
 
     if cfg.data:
         texts, counts = data.prompts(cfg.data)
@@ -74,10 +74,10 @@ def main(cfg):
     print(f"next: python -m nanorlhf.evaluate --policy {cfg.out} --against {cfg.sft}")
 
 
-def score_function(cfg, tok, device):
+def score_function(cfg, tok, policy):
     """--reward as a plain function, (tokens, prompt_len, mask) -> (B,)."""
     if cfg.reward == "rm":
-        return reward.by_model(reward.load(cfg.rm).to(device))
+        return reward.by_model(reward.load_beside(cfg.rm, policy, tok))
     if cfg.reward == "env":
         return true_reward(tok)
     return reward.by_text(reward.load_function(cfg.reward), tok)

@@ -53,6 +53,7 @@ class DPOConfig:
     save_every: int = 200             # steps between saves that --resume continues from
     resume: bool = False              # go on from the last save
     overwrite: bool = False           # replace a run of other settings
+    RANGES = dict(responses=(2, math.inf))
 
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,

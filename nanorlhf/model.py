@@ -159,33 +159,38 @@ class _Pretrained(nn.Module):
                                          for name, w in self.state_dict().items()})
 
     @classmethod
-    def load(cls, folder, dropout=0.0):
+    def load(cls, folder, dropout=0.0, fresh_head=True):
         """The model saved in a folder, or published by the name "gpt2", "gpt2-medium" and so on, in
-        eval mode. Weights of a head that this class lacks are left aside, and a head that the
-        folder lacks keeps its fresh start: that is how a reward model begins from a language model.
+        eval mode. A scalar head that the folder lacks keeps its fresh start, unless told not to:
+        that is how a reward model begins from a language model. Never the other way round.
         """
         if folder in pretrained.PUBLISHED:
             folder = pretrained.fetch(folder)
         config, tensors = checkpoint.load(folder)
-        _check_kind(config, tensors, Path(folder) / "config.json")
-        try:
-            names = "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"
-            model = cls(GPTConfig(*(config[name] for name in names), dropout))
-        except KeyError as missing:
-            path = Path(folder) / "config.json"
-            raise UserError(f"{path} is no GPT-2 configuration: it has no {missing}") from None
+        path = Path(folder) / "config.json"
+        _check_kind(config, tensors, path)
         # Published GPT-2 files name the trunk's weights without the prefix.
         tensors = {name if name.startswith(("transformer.", "score.")) else f"transformer.{name}":
                    _stored(name, w) for name, w in tensors.items()}
-        for name, w in model.state_dict().items():
-            if name not in tensors and name != "score.weight":
+        shape = _shape(config, dropout, len(tensors), path)
+        with torch.device("meta"):       # takes no memory, so a stranger's file cannot ask for much
+            expected = cls(shape).state_dict()
+        if cls is GPT and "score.weight" in tensors:
+            raise UserError(f"{folder}: expected a language model, came one with a scalar head: a "
+                            "reward model or a critic")
+        for name, w in expected.items():
+            if name == "score.weight" and name not in tensors and fresh_head:
+                continue
+            if name not in tensors:
                 raise UserError(f"{folder} holds no weight {name}; expected a GPT-2 model of "
-                                f"{config['n_layer']} layers")
-            if name in tensors and tensors[name].shape != w.shape:
+                                f"{shape.n_layer} layers" + " with a scalar head: a reward model"
+                                * (name == "score.weight"))
+            if tensors[name].shape != w.shape:
                 raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json "
                                 f"asks for {tuple(w.shape)}")
-        known = {name: tensors[name] for name in model.state_dict() if name in tensors}
-        model.load_state_dict(known, strict=False)
+        model = cls(shape)
+        model.load_state_dict({name: tensors[name] for name in expected if name in tensors},
+                              strict=False)
         return model.eval()
 
     @torch.no_grad()
@@ -218,10 +223,24 @@ def _check_kind(config, tensors, path):
         raise UserError(f"{path}: expected a language head tied to the embedding, came another")
 
 
+def _shape(config, dropout, most, path):
+    """config.json -> GPTConfig, if its numbers are numbers and `most` tensors could be as many
+    layers."""
+    numbers = {}
+    for name in "vocab_size", "n_positions", "n_layer", "n_head", "n_embd":
+        if name not in config:
+            raise UserError(f"{path} is no GPT-2 configuration: it has no '{name}'")
+        n, limit = config[name], most if name == "n_layer" else 2**24
+        if type(n) is not int or not 1 <= n <= limit:
+            raise UserError(f"{path}: expected {name} from 1 to {limit}, came {n!r:.60}")
+        numbers[name] = n
+    return GPTConfig(**numbers, dropout=dropout)
+
+
 def _stored(name, weight):
     """GPT-2 keeps the weights of its linear layers as (in, out), PyTorch as (out, in)."""
     transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return weight.t() if transposed else weight
+    return weight.t() if transposed and weight.dim() == 2 else weight
 
 
 class GPT(_Pretrained):

@@ -80,6 +80,9 @@ class PPOConfig:
         if self.responses < fewest or self.batch_size % self.responses:
             raise UserError(f"--responses: expected {fewest} or more that divide the batch size of "
                             f"{self.batch_size} for {self.advantage}, came {self.responses}")
+        if self.minibatches > self.batch_size:
+            raise UserError(f"--minibatches: expected no more than the batch size of "
+                            f"{self.batch_size}, came {self.minibatches}")
 
 
 @dataclass
