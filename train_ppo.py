@@ -47,7 +47,7 @@ def main(cfg):
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     held_out = held_out_prompts(cfg.data, cfg.eval_prompts, cfg.seed)
     before = answer(policy, tok, held_out[:3], cfg.max_new_tokens, cfg.temperature, cfg.seed)
-    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS)
+    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS, decode=tok.decode)
     summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
     policy.save(cfg.out, **tok.special)
     tok.save(cfg.out)

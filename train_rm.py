@@ -25,7 +25,7 @@ def main(cfg):
                            for side in data.split(records))
         print(f"data      {data.describe(counts)}")
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"))   # its clock starts here
+    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
 
     # Comparisons: from files, or of the SFT model's own samples by the built-in annotators.
     ceiling = {}

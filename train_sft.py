@@ -48,7 +48,7 @@ def main(cfg):
     prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
     length = min(block_size // 2, 128)
     before = answer(model, tok, prompts, length, seed=cfg.seed)
-    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=("loss", "held_out_loss", "lr"))
+    log = RunLog(cfg.out, max(1, cfg.steps // 20), ("loss", "held_out_loss", "lr"), tok.decode)
     held_out_rows = data.encode(held_out, tok, block_size, counts)
     summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
 

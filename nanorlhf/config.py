@@ -19,6 +19,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import random
@@ -49,6 +50,7 @@ RANGES = {name: limits for limits, names in {
     (0, 0.99): "dropout",
     (ABOVE_0, inf): "temperature beta clip value_clip grad_clip",
 }.items() for name in names.split()}  # fmt: skip
+DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
 MAY_BE_INFINITE = "clip", "value_clip", "grad_clip"  # no limit
 
 
@@ -60,6 +62,10 @@ def run(main, cls):
         message, status = " ".join(str(error).split()), 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        message, status = f"cannot use {error.filename or 'a file'}: {error.strerror}", 2
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

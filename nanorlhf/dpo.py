@@ -116,6 +116,7 @@ def train(policy, reference, groups, pad, cfg, log):
 
         seen["step"] = step + 1
         seen["tokens"] += sum(len(tokens) for rows, _ in batch for tokens, _ in rows)
+        log.batch = [row for rows, _ in batch for row in rows]
         log.write(step, **metrics, lr=lr, grad_norm=grad_norm)
         if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)
@@ -148,7 +149,7 @@ def main(cfg):
             for side in data.split(records))
         print(f"data      {data.describe(counts)}")
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"))   # its clock starts here
+    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
     ceiling = {}
     if not cfg.data:
         groups, _ = compare_samples(reference, tok, cfg.prompts, cfg.responses, cfg, False)

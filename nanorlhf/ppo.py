@@ -80,9 +80,8 @@ class PPOConfig:
         if self.responses < fewest or self.batch_size % self.responses:
             raise UserError(f"--responses: expected {fewest} or more that divide the batch size of "
                             f"{self.batch_size} for {self.advantage}, came {self.responses}")
-        if self.minibatches > self.batch_size:
-            raise UserError(f"--minibatches: expected no more than the batch size of "
-                            f"{self.batch_size}, came {self.minibatches}")
+        if self.minibatches > (most := self.batch_size):
+            raise UserError(f"--minibatches: expected at most {most}, came {self.minibatches}")
 
 
 @dataclass
@@ -318,6 +317,7 @@ def train(policy, reference, critic, score, prompts, eos, pad, cfg, log):
 
         metrics = {name: x.item() for name, x in summarise(rollout).items()} | losses
         tokens = rollout.mask.sum().item()
+        log.batch = zip(rollout.tokens, rollout.prompt_len)
         log.write(number, **metrics, kl_coef=seen["kl_coef"],
                   tokens_per_s=tokens / (time.perf_counter() - began))
         seen = dict(step=number + 1, tokens=seen["tokens"] + tokens, score=metrics["score"],

@@ -149,6 +149,7 @@ def train(model, groups, pad, cfg, log):
 
         seen["step"] = step + 1
         seen["tokens"] += sum(len(tokens) for rows, _ in batch for tokens, _ in rows)
+        log.batch = [row for rows, _ in batch for row in rows]
         log.write(step, **metrics, lr=optimizer.param_groups[1]["lr"], grad_norm=grad_norm)
         if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)

@@ -20,6 +20,7 @@ import regex  # tiktoken brings it along; Python's own re has no \p{L}
 import tiktoken
 
 from nanorlhf import UserError
+from nanorlhf.checkpoint import replacing
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 GPT2 = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"  # one vocabulary for all
@@ -155,7 +156,8 @@ class Tokenizer:
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (Path(folder) / name).write_text(text + "\n", encoding="utf-8")
+            with replacing(Path(folder) / name) as file:
+                file.write((text + "\n").encode())
 
 
 def printable(token):

@@ -14,7 +14,8 @@ MODULES = sorted(FILES.keys() - {"__init__"})
 
 # From the bottom to the top; a module imports from floors below its own.
 FLOORS = [
-    "attention tokenizer config runlog checkpoint pretrained",
+    "attention config checkpoint pretrained",
+    "tokenizer runlog",
     "model logprobs environment plotting",
     "generate advantages data",
     "sft reward",
