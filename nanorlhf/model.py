@@ -172,25 +172,22 @@ class _Pretrained(nn.Module):
         # Published GPT-2 files name the trunk's weights without the prefix.
         tensors = {name if name.startswith(("transformer.", "score.")) else f"transformer.{name}":
                    _stored(name, w) for name, w in tensors.items()}
-        shape = _shape(config, dropout, len(tensors), path)
-        with torch.device("meta"):       # takes no memory, so a stranger's file cannot ask for much
-            expected = cls(shape).state_dict()
         if cls is GPT and "score.weight" in tensors:
             raise UserError(f"{folder}: expected a language model, came one with a scalar head: a "
                             "reward model or a critic")
-        for name, w in expected.items():
-            if name == "score.weight" and name not in tensors and fresh_head:
-                continue
-            if name not in tensors:
-                raise UserError(f"{folder} holds no weight {name}; expected a GPT-2 model of "
-                                f"{shape.n_layer} layers" + " with a scalar head: a reward model"
-                                * (name == "score.weight"))
-            if tensors[name].shape != w.shape:
-                raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json "
-                                f"asks for {tuple(w.shape)}")
+        shape = _shape(config, dropout, len(tensors), path)
+        # A stranger's config.json may ask for any size: the largest weights have to be there first.
+        C, blocks = shape.n_embd, range(shape.n_layer)
+        large = {"transformer.wte.weight": (shape.vocab_size, C),
+                 "transformer.wpe.weight": (shape.n_positions, C),
+                 **{f"transformer.h.{i}.mlp.c_fc.weight": (4 * C, C) for i in blocks}}
+        _check_shapes(tensors, large, shape.n_layer, folder)
         model = cls(shape)
-        model.load_state_dict({name: tensors[name] for name in expected if name in tensors},
-                              strict=False)
+        shapes = {name: tuple(w.shape) for name, w in model.state_dict().items()}
+        if fresh_head and "score.weight" not in tensors:
+            shapes.pop("score.weight", None)
+        _check_shapes(tensors, shapes, shape.n_layer, folder)
+        model.load_state_dict({name: tensors[name] for name in shapes}, strict=False)
         return model.eval()
 
     @torch.no_grad()
@@ -235,6 +232,16 @@ def _shape(config, dropout, most, path):
             raise UserError(f"{path}: expected {name} from 1 to {limit}, came {n!r:.60}")
         numbers[name] = n
     return GPTConfig(**numbers, dropout=dropout)
+
+
+def _check_shapes(tensors, expected, n_layer, folder):
+    for name, shape in expected.items():
+        if name not in tensors:
+            kind = "reward model" if name == "score.weight" else f"GPT-2 model of {n_layer} layers"
+            raise UserError(f"{folder} holds no weight {name}; expected a {kind}")
+        if tensors[name].shape != shape:
+            raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json asks "
+                            f"for {shape}")
 
 
 def _stored(name, weight):

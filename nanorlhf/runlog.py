@@ -83,7 +83,7 @@ def check_replaceable(folder, settings, overwrite):
 def read_settings(folder):
     try:
         return dict(json.loads((folder / "settings.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(
             f"--out: {folder} holds files but no run (no settings.json that can be read), "
             "so nothing in it is touched; choose another --out"
@@ -248,8 +248,11 @@ def read(folder):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}:{number}: expected JSON, got {line[:40]!r}") from None
+            int(rows[-1]["step"])
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            raise UserError(
+                f"{path}:{number}: expected JSON with a step, got {line[:40]!r}"
+            ) from None
     return rows
 
 

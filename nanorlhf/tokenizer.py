@@ -221,7 +221,7 @@ def read_merges(path):
         a, _, b = line.partition(" ")
         if a not in known or b not in known or a + b in known:
             expected = "expected two known tokens that make a new one"
-            raise UserError(f"{path}:{number}: {expected}, came {line!r}")
+            raise UserError(f"{path}:{number}: {expected}, came {line[:60]!r}")
         known[a + b] = known[a] + known[b]
     return {token: i for i, token in enumerate(known.values())}
 
