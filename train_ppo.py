@@ -6,7 +6,7 @@
     python train_ppo.py --advantage grpo --responses 4      no critic: compare answers
     python train_ppo.py --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ppo
 """
-from nanorlhf import data, environment, ppo, reward, tokenizer
+from nanorlhf import data, environment, memory, ppo, reward, tokenizer
 from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import answer, compare, held_out_prompts, true_reward
 from nanorlhf.model import GPT
@@ -42,6 +42,8 @@ def main(cfg):
     prompts = data.encode_prompts(texts, tok, room, counts)
     print(f"prompts   {data.describe(counts)}")
     print(f"policy    {policy}, on {device}; scored by {cfg.reward}")
+    frozen = [reference, policy] if cfg.reward == "rm" else [reference]   # a reward model is alike
+    memory.tell(memory.ppo(policy, critic, frozen, prompts, cfg), device, cfg.micro_batch_size)
     fuse(cfg.compile, *filter(None, (policy, reference, critic)))
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)

@@ -5,7 +5,7 @@
     python train_sft.py --data hh.jsonl.gz --init out/base --out out/hh-sft
     python train_sft.py --data hh.jsonl.gz --init gpt2 --learning-rate 5e-5 --out out/hh-gpt2
 """
-from nanorlhf import data, environment, sft, tokenizer
+from nanorlhf import data, environment, memory, sft, tokenizer
 from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import answer
 from nanorlhf.model import GPT, GPTConfig
@@ -42,6 +42,7 @@ def main(cfg):
     rows = data.encode(train, tok, block_size, counts)
     print(f"data      {data.describe(counts)}")
     print(f"model     {model}, on {device}")
+    memory.tell(memory.sft(model, rows, cfg), device, cfg.micro_batch_size)
     fuse(cfg.compile, model)
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)

@@ -10,7 +10,7 @@ Read in this order:
     evaluate.py  bench.py                did it help? how fast is it?
 
 The other files serve these: config.py, runlog.py, checkpoint.py, pretrained.py, data.py,
-plotting.py.
+plotting.py, memory.py.
 
 Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dimension key:
 

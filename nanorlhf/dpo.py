@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, environment, tokenizer
+from nanorlhf import checkpoint, data, environment, memory, tokenizer
 from nanorlhf.config import autocast, fuse, run, setup
 from nanorlhf.data import endless, in_parts
 from nanorlhf.generate import respond, sample_rows
@@ -160,6 +160,7 @@ def main(cfg):
 
     policy = GPT.load(cfg.sft).resize_vocab(tok.vocab_size).to(device)
     print(f"policy    {policy}, on {device}")
+    memory.tell(memory.comparisons(policy, reference, groups, cfg), device, cfg.micro_batch_size)
     fuse(cfg.compile, policy, reference)
     before = answer(policy, tok, held_out[:3], cfg)
     log.every = max(1, len(groups) // cfg.batch_size // 20)

@@ -272,8 +272,8 @@ def summarise(rollout):
         ended=rollout.ended.float().mean())
     if rollout.returns is not None:
         error = (rollout.returns - rollout.old_values)[mask]
-        variance = rollout.returns[mask].var().clamp(min=1e-8)
-        numbers["explained_variance"] = 1 - error.var() / variance
+        variance = rollout.returns[mask].var(correction=0).clamp(min=1e-8)
+        numbers["explained_variance"] = 1 - error.var(correction=0) / variance
     return numbers
 
 

@@ -16,7 +16,7 @@ MODULES = sorted(FILES.keys() - {"__init__"})
 FLOORS = [
     "attention config checkpoint pretrained",
     "tokenizer runlog",
-    "model logprobs environment plotting",
+    "model logprobs environment plotting memory",
     "generate advantages data",
     "sft reward",
     "ppo dpo ilql",
