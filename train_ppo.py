@@ -6,7 +6,7 @@
     python train_ppo.py --advantage grpo --responses 4      no critic: compare answers
     python train_ppo.py --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ppo
 """
-from nanorlhf import data, environment, parallel, ppo, reward, tokenizer
+from nanorlhf import data, environment, memory, parallel, ppo, reward, tokenizer
 from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import answer, compare, held_out_prompts
 from nanorlhf.model import GPT
@@ -29,8 +29,8 @@ def main(cfg):
     tok = tokenizer.load(cfg.sft)
     for model in policy, reference:
         model.resize_vocab(tok.vocab_size).to(device)
-    critic = reward.load(cfg.rm).to(device) if cfg.advantage == "gae" else None
-    score = reward.score_function(cfg, tok, device)
+    critic = reward.load_beside(cfg.rm, policy, tok) if cfg.advantage == "gae" else None
+    score = reward.score_function(cfg, tok, policy)
 
     if cfg.data:
         texts, counts = data.prompts(cfg.data)
@@ -42,12 +42,14 @@ def main(cfg):
     prompts = data.encode_prompts(texts, tok, room, counts)
     print(f"prompts   {data.describe(counts)}")
     print(f"policy    {policy}, on {device}; scored by {cfg.reward}")
+    frozen = [reference, policy] if cfg.reward == "rm" else [reference]   # a reward model is alike
+    memory.tell(memory.ppo(policy, critic, frozen, prompts, cfg), device, cfg.micro_batch_size)
     fuse(cfg.compile, *filter(None, (policy, reference, critic)))
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     held_out = held_out_prompts(cfg.data, cfg.eval_prompts, cfg.seed)
     before = answer(policy, tok, held_out[:3], cfg.max_new_tokens, cfg.temperature, cfg.seed)
-    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS)
+    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS, decode=tok.decode)
     summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
     parallel.finish()
     policy.save(cfg.out, **tok.special)

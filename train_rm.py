@@ -3,7 +3,7 @@
     python train_rm.py                                      the built-in world
     python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
 """
-from nanorlhf import data, environment, parallel, reward, tokenizer
+from nanorlhf import data, environment, memory, parallel, reward, tokenizer
 from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import held_out_prompts
 from nanorlhf.generate import sample_rows
@@ -25,7 +25,7 @@ def main(cfg):
                            for side in data.split(records))
         print(f"data      {data.describe(counts)}")
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"))   # its clock starts here
+    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
 
     # Comparisons: from files, or of the SFT model's own samples by the built-in annotators.
     ceiling = {}
@@ -41,6 +41,7 @@ def main(cfg):
 
     model = ScalarGPT.load(cfg.sft).resize_vocab(tok.vocab_size).to(device)
     print(f"model     {model}, on {device}")
+    memory.tell(memory.comparisons(model, sft, groups, cfg), device, cfg.micro_batch_size)
     fuse(cfg.compile, model)
     log.every = max(1, len(groups) // cfg.batch_size // 20)
     summary = reward.train(model, groups, tok.pad, cfg, log)

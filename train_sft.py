@@ -5,7 +5,7 @@
     python train_sft.py --data hh.jsonl.gz --init out/base --out out/hh-sft
     python train_sft.py --data hh.jsonl.gz --init gpt2 --learning-rate 5e-5 --out out/hh-gpt2
 """
-from nanorlhf import data, environment, parallel, sft, tokenizer
+from nanorlhf import data, environment, memory, parallel, sft, tokenizer
 from nanorlhf.config import fuse, run, setup
 from nanorlhf.evaluate import answer
 from nanorlhf.model import GPT, GPTConfig
@@ -42,13 +42,14 @@ def main(cfg):
     rows = data.encode(train, tok, block_size, counts)
     print(f"data      {data.describe(counts)}")
     print(f"model     {model}, on {device}")
+    memory.tell(memory.sft(model, rows, cfg), device, cfg.micro_batch_size)
     fuse(cfg.compile, model)
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
     length = min(block_size // 2, 128)
     before = answer(model, tok, prompts, length, seed=cfg.seed)
-    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=("loss", "held_out_loss", "lr"))
+    log = RunLog(cfg.out, max(1, cfg.steps // 20), ("loss", "held_out_loss", "lr"), tok.decode)
     held_out_rows = data.encode(held_out, tok, block_size, counts)
     summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
     parallel.finish()

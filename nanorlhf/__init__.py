@@ -11,7 +11,7 @@ Read in this order:
     study.py  overoptimise.py  claims.py many runs: which method, when is it too much, is it true?
 
 The other files serve these: config.py, runlog.py, checkpoint.py, pretrained.py, data.py,
-plotting.py, and parallel.py, where several processes share the work.
+plotting.py, memory.py, and parallel.py, where several processes share the work.
 
 Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dimension key:
 

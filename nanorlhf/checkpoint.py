@@ -11,7 +11,7 @@ tensor after tensor without a gap. Unlike a pickle it cannot run code: it may co
 import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -52,6 +52,11 @@ def load(folder):
 
 def save_state(folder, parts, **numbers):
     """What resuming needs: parts ({name: model or optimizer}), numbers, random numbers."""
+    for name, part in parts.items():
+        weights = part.parameters() if isinstance(part, torch.nn.Module) else ()
+        if not all(w.isfinite().all() for w in weights):
+            raise UserError(f"the {name} has weights that are no finite numbers, so {folder} keeps "
+                            "the save before: a lower --learning-rate is the usual cure")
     state = {name: part.state_dict() for name, part in parts.items()}
     with replacing(Path(folder) / "state.pt") as file:
         dice = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
@@ -84,10 +89,24 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())  # else a power cut may keep the new name and lose its content
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        sync_folder(path.parent)  # else a power cut may bring the old file back
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}; it is as it was before") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Put the names in a folder on the disk, where the system knows how (Windows does not)."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save_tensors(path, tensors):

@@ -19,6 +19,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import random
@@ -27,11 +28,30 @@ import textwrap
 import tokenize
 import typing
 from contextlib import nullcontext
+from math import inf
 
 import numpy as np
 import torch
 
 from nanorlhf import UserError, parallel
+
+# (least, most) that make sense in a field of that name, in whichever dataclass. A class with a
+# narrower one says so in a RANGES of its own.
+ABOVE_0 = sys.float_info.min
+RANGES = {name: limits for limits, names in {
+    (0, inf): "steps warmup micro_batch_size learning_rate critic_learning_rate weight_decay "
+              "kl_coef kl_target no_end_penalty annotator_temperature",
+    (1, inf): "batch_size save_every epochs minibatches responses prompts eval_prompts "
+              "held_out_prompts demos max_new_tokens n_layer n_head n_embd iters batch prompt "
+              "response vocab",
+    (2, inf): "block_size",
+    (258, inf): "vocab_size",
+    (0, 1): "gamma lam",
+    (0, 0.99): "dropout",
+    (ABOVE_0, inf): "temperature beta clip value_clip grad_clip",
+}.items() for name in names.split()}  # fmt: skip
+DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
+MAY_BE_INFINITE = "clip", "value_clip", "grad_clip"  # no limit
 
 
 def run(main, cls):
@@ -42,6 +62,10 @@ def run(main, cls):
         message, status = " ".join(str(error).split()), 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        message, status = f"cannot use {error.filename or 'a file'}: {error.strerror}", 2
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -67,7 +91,21 @@ def parse(cls, argv=None):
     values, unknown = parser.parse_known_args(words)
     if unknown:
         raise UserError(unknown_word(unknown[0], parser))
+    for name, value in vars(values).items():
+        check_range(name, value, RANGES | getattr(cls, "RANGES", {}))
     return cls(**vars(values))
+
+
+def check_range(name, value, ranges):
+    low, high = ranges.get(name, (-inf, inf))
+    if type(value) in (int, float) and not (low <= value <= high):  # NaN is in no range
+        most = f"to {high}" if high < inf else "or more"
+        expected = "a number above 0" if low == ABOVE_0 else f"{low} {most}"
+    elif value == inf and name not in MAY_BE_INFINITE:
+        expected = "a finite number"
+    else:
+        return
+    raise UserError(f"--{name.replace('_', '-')}: expected {expected}, came {value}")
 
 
 class Parser(argparse.ArgumentParser):

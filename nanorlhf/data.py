@@ -81,13 +81,13 @@ def describe(counts):
     return "; ".join(parts + left_out + truncated)
 
 
-def read_json_lines(path):
-    """Yield ("path:line", dict) a line. Never the whole file at once."""
+def read_json_lines(path, longest=2**26):
+    """Yield ("path:line", dict) a line. Never the whole file at once, nor a line without end."""
     number = 0
     try:
         with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as lines:
             # Bytes end a line at \n alone; text would, too, at a U+2028 inside a JSON string.
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(longest), b""), 1):
                 if line.strip():
                     yield f"{path}:{number}", parse(line, f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:  # no such file; a gzip that is cut or damaged

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, environment, parallel, tokenizer
+from nanorlhf import checkpoint, data, environment, memory, parallel, tokenizer
 from nanorlhf.config import autocast, fuse, run, setup
 from nanorlhf.data import endless, in_parts
 from nanorlhf.generate import respond, sample_rows
@@ -54,6 +54,7 @@ class DPOConfig:
     save_every: int = 200             # steps between saves that --resume continues from
     resume: bool = False              # go on from the last save
     overwrite: bool = False           # replace a run of other settings
+    RANGES = dict(responses=(2, math.inf))
 
 
 def dpo_loss(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,
@@ -117,6 +118,7 @@ def train(policy, reference, groups, pad, cfg, log):
 
         seen["step"] = step + 1
         seen["tokens"] += sum(len(tokens) for rows, _ in batch for tokens, _ in rows)
+        log.batch = [row for rows, _ in batch for row in rows]
         log.write(step, **metrics, lr=lr, grad_norm=grad_norm)
         if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)
@@ -149,7 +151,7 @@ def main(cfg):
             for side in data.split(records))
         print(f"data      {data.describe(counts)}")
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"))   # its clock starts here
+    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
     ceiling = {}
     if not cfg.data:
         groups, _ = compare_samples(reference, tok, cfg.prompts, cfg.responses, cfg, False)
@@ -160,6 +162,7 @@ def main(cfg):
 
     policy = GPT.load(cfg.sft).resize_vocab(tok.vocab_size).to(device)
     print(f"policy    {policy}, on {device}")
+    memory.tell(memory.comparisons(policy, reference, groups, cfg), device, cfg.micro_batch_size)
     fuse(cfg.compile, policy, reference)
     before = answer(policy, tok, held_out[:3], cfg)
     log.every = max(1, len(groups) // cfg.batch_size // 20)

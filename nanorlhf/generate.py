@@ -47,6 +47,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=None, pad=0, G
     if G > 1:
         cache.keep(rows // G)
     hidden = hidden[rows // G, prompt_len - 1]                                              # (B, C)
+    if not hidden.isfinite().all():
+        raise UserError("the model computes no finite numbers, so its weights are spoilt: a lower "
+                        "--learning-rate is the usual cure")
     for r in range(R):
         token = torch.where(alive, sample(model.head(hidden), temperature), pad)
         at = prompt_len[rows] + r

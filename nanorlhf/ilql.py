@@ -200,7 +200,7 @@ def main(cfg):
     device = setup(cfg)
     sft, tok = GPT.load(cfg.sft), tokenizer.load(cfg.sft)
     sft.resize_vocab(tok.vocab_size).to(device)
-    score = reward.score_function(cfg, tok, device)
+    score = reward.score_function(cfg, tok, sft)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     log = RunLog(cfg.out, columns=("q_loss", "v_loss", "cql_loss", "lr"))   # its clock starts here
     rows, held_out = logged(sft, tok, cfg)

@@ -161,36 +161,33 @@ class _Pretrained(nn.Module):
                                          for name, w in self.state_dict().items()})
 
     @classmethod
-    def load(cls, folder, dropout=0.0):
+    def load(cls, folder, dropout=0.0, fresh_head=True):
         """The model saved in a folder, or published by the name "gpt2", "gpt2-medium" and so on, in
-        eval mode. Weights of a head that this class lacks are left aside, and a head that the
-        folder lacks keeps its fresh start: that is how a reward model begins from a language model.
+        eval mode. A scalar head that the folder lacks keeps its fresh start, unless told not to:
+        that is how a reward model begins from a language model. Never the other way round.
         """
         if folder in pretrained.PUBLISHED:
             folder = pretrained.fetch(folder)
         config, tensors = checkpoint.load(folder)
-        _check_kind(config, tensors, Path(folder) / "config.json")
+        path = Path(folder) / "config.json"
+        _check_kind(config, tensors, path)
         if cls is GPT and config.get("architectures") == [QGPT.architecture]:
             cls = QGPT                    # a policy, too: whoever asks for one gets the whole of it
-        try:
-            names = "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"
-            model = cls(GPTConfig(*(config[name] for name in names), dropout))
-        except KeyError as missing:
-            path = Path(folder) / "config.json"
-            raise UserError(f"{path} is no GPT-2 configuration: it has no {missing}") from None
         # Published GPT-2 files name the trunk's weights without the prefix.
-        own = model.state_dict()
-        tensors = {name if name in own else f"transformer.{name}": _stored(name, w)
+        bare = "wte.", "wpe.", "h.", "ln_f."
+        tensors = {f"transformer.{name}" if name.startswith(bare) else name: _stored(name, w)
                    for name, w in tensors.items()}
-        for name, w in own.items():
-            if name not in tensors and name.startswith("transformer."):
-                raise UserError(f"{folder} holds no weight {name}; expected a GPT-2 model of "
-                                f"{config['n_layer']} layers")
-            if name in tensors and tensors[name].shape != w.shape:
-                raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json "
-                                f"asks for {tuple(w.shape)}")
-        known = {name: tensors[name] for name in own if name in tensors}
-        model.load_state_dict(known, strict=False)
+        if issubclass(cls, GPT) and "score.weight" in tensors:
+            raise UserError(f"{folder}: expected a language model, came one with a scalar head: a "
+                            "reward model or a critic")
+        shape = _shape(config, dropout, len(tensors), path)
+        with torch.device("meta"):       # a stranger's config.json may ask for any size: not yet
+            shapes = {name: tuple(w.shape) for name, w in cls(shape).state_dict().items()}
+        if fresh_head and "score.weight" not in tensors:
+            shapes.pop("score.weight", None)
+        _check_shapes(tensors, shapes, shape.n_layer, folder)
+        model = cls(shape)
+        model.load_state_dict({name: tensors[name] for name in shapes}, strict=False)
         return model.eval()
 
     @torch.no_grad()
@@ -223,10 +220,34 @@ def _check_kind(config, tensors, path):
         raise UserError(f"{path}: expected a language head tied to the embedding, came another")
 
 
+def _shape(config, dropout, most, path):
+    """config.json -> GPTConfig, if its numbers are numbers and `most` tensors could be as many
+    layers."""
+    numbers = {}
+    for name in "vocab_size", "n_positions", "n_layer", "n_head", "n_embd":
+        if name not in config:
+            raise UserError(f"{path} is no GPT-2 configuration: it has no '{name}'")
+        n, limit = config[name], most if name == "n_layer" else 2**24
+        if type(n) is not int or not 1 <= n <= limit:
+            raise UserError(f"{path}: expected {name} from 1 to {limit}, came {n!r:.60}")
+        numbers[name] = n
+    return GPTConfig(**numbers, dropout=dropout)
+
+
+def _check_shapes(tensors, expected, n_layer, folder):
+    for name, shape in expected.items():
+        if name not in tensors:
+            kind = "reward model" if name == "score.weight" else f"GPT-2 model of {n_layer} layers"
+            raise UserError(f"{folder} holds no weight {name}; expected a {kind}")
+        if tensors[name].shape != shape:
+            raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json asks "
+                            f"for {shape}")
+
+
 def _stored(name, weight):
     """GPT-2 keeps the weights of its linear layers as (in, out), PyTorch as (out, in)."""
     transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return weight.t() if transposed else weight
+    return weight.t() if transposed and weight.dim() == 2 else weight
 
 
 class GPT(_Pretrained):

@@ -80,6 +80,8 @@ class PPOConfig:
         if self.responses < fewest or self.batch_size % self.responses:
             raise UserError(f"--responses: expected {fewest} or more that divide the batch size of "
                             f"{self.batch_size} for {self.advantage}, came {self.responses}")
+        if self.minibatches > (most := self.batch_size):
+            raise UserError(f"--minibatches: expected at most {most}, came {self.minibatches}")
 
 
 @dataclass
@@ -273,8 +275,8 @@ def summarise(rollout):
         ended=rollout.ended.float().mean())
     if rollout.returns is not None:
         error = (rollout.returns - rollout.old_values)[mask]
-        variance = rollout.returns[mask].var().clamp(min=1e-8)
-        numbers["explained_variance"] = 1 - error.var() / variance
+        variance = rollout.returns[mask].var(correction=0).clamp(min=1e-8)
+        numbers["explained_variance"] = 1 - error.var(correction=0) / variance
     return numbers
 
 
@@ -318,6 +320,7 @@ def train(policy, reference, critic, score, prompts, eos, pad, cfg, log):
 
         metrics = {name: x.item() for name, x in summarise(rollout).items()} | losses
         tokens = rollout.mask.sum().item()
+        log.batch = zip(rollout.tokens, rollout.prompt_len)
         log.write(number, **metrics, kl_coef=seen["kl_coef"],
                   tokens_per_s=tokens / (time.perf_counter() - began))
         seen = dict(step=number + 1, tokens=seen["tokens"] + tokens, score=metrics["score"],

@@ -7,6 +7,7 @@ shifted and scaled so that the SFT model's own samples score mean 0 and standard
 import importlib.util
 import math
 import random
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import UserError, checkpoint, environment, parallel
+from nanorlhf import UserError, checkpoint, environment, parallel, tokenizer
 from nanorlhf.config import autocast
 from nanorlhf.data import collate, endless, in_parts
 from nanorlhf.logprobs import response_tokens
@@ -47,6 +48,7 @@ class RMConfig:
     save_every: int = 200             # steps between saves that --resume continues from
     resume: bool = False              # go on from the last save
     overwrite: bool = False           # replace a run of other settings
+    RANGES = dict(responses=(2, math.inf))
 
 
 # --- the loss ------------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ def train(model, groups, pad, cfg, log):
 
         seen["step"] = step + 1
         seen["tokens"] += sum(len(tokens) for rows, _ in batch for tokens, _ in rows)
+        log.batch = [row for rows, _ in batch for row in rows]
         log.write(step, **metrics, lr=optimizer.param_groups[1]["lr"], grad_norm=grad_norm)
         if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)
@@ -227,7 +230,19 @@ def interval(successes, n, z=1.96):
 
 def load(folder):
     """The reward model saved in a folder. -> ScalarGPT: tokens (B, T) -> (B, T)"""
-    return ScalarGPT.load(folder)
+    return ScalarGPT.load(folder, fresh_head=False)
+
+
+def load_beside(folder, policy, tok):
+    """The reward model in a folder, if it can read whatever the policy writes. -> ScalarGPT"""
+    model, positions = load(folder), policy.config.n_positions
+    if tokenizer.load(folder).ranks != tok.ranks:
+        raise UserError(f"{folder}: expected a reward model with the policy's vocabulary, came one "
+                        "with another: they would read each other's tokens as other words")
+    if model.config.n_positions < positions:
+        raise UserError(f"{folder}: expected a reward model that reads {positions} tokens as the "
+                        f"policy does, came one of {model.config.n_positions}")
+    return model.to(policy.device)
 
 
 def by_model(reward_model):
@@ -240,7 +255,8 @@ def by_text(function, tokenizer):
         responses = response_tokens(tokens, prompt_len, mask.shape[1])
         pairs = [(tokenizer.decode(row[:n].tolist()), tokenizer.decode(response[kept].tolist()))
                  for row, n, response, kept in zip(tokens, prompt_len, responses, mask)]
-        return torch.tensor(checked(function(pairs), len(pairs)), device=tokens.device)
+        found = theirs("the reward function", function, pairs)
+        return torch.tensor(checked(found, pairs), device=tokens.device)
     return scores
 
 
@@ -249,21 +265,38 @@ def true_reward(tokenizer):
     return by_text(lambda pairs: [environment.gold(*pair) for pair in pairs], tokenizer)
 
 
-def score_function(cfg, tokenizer, device):
+def score_function(cfg, tokenizer, policy):
     """What --reward names."""
     if cfg.reward == "rm":
-        return by_model(load(cfg.rm).to(device))
+        return by_model(load_beside(cfg.rm, policy, tokenizer))
     if cfg.reward == "env":
         return true_reward(tokenizer)
     return by_text(load_function(cfg.reward), tokenizer)
 
 
-def checked(scores, n):
-    scores = [float(x) for x in scores]
-    if len(scores) != n or not all(map(math.isfinite, scores)):
-        raise UserError(f"the reward function must return {n} finite numbers, one a response; it "
-                        f"returned {len(scores)}: {scores[:5]}")
+def checked(found, pairs):
+    """What a reward function returned, if it is a finite number for each pair. -> list of floats"""
+    try:
+        scores = [float(x) for x in found]
+    except (TypeError, ValueError, RuntimeError):
+        scores = []
+    expected = f"the reward function must return {len(pairs)} finite numbers, one a response; it "
+    if len(scores) != len(pairs):
+        raise UserError(f"{expected}returned {found!r:.60}")
+    for x, (prompt, response) in zip(scores, pairs):
+        if not math.isfinite(x):
+            raise UserError(f"{expected}returned {x} for {response!r:.200}, "
+                            f"said to {prompt!r:.200}")
     return scores
+
+
+def theirs(what, function, *args):
+    """Call code that is not ours. If it fails, its traceback is of use, and ours is not."""
+    try:
+        return function(*args)
+    except Exception as error:
+        traceback.print_exception(error.with_traceback(error.__traceback__.tb_next))
+        raise UserError(f"{what} raised {type(error).__name__}, see above: {error}") from None
 
 
 def load_function(name):
@@ -273,7 +306,7 @@ def load_function(name):
         raise UserError(f"--reward: expected rm, env or FILE.py:FUNCTION, got {name}: no such file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    theirs(path, spec.loader.exec_module, module)
     if not callable(getattr(module, function, None)):
         raise UserError(f"--reward: {path} has no function {function!r}")
     return getattr(module, function)

@@ -25,9 +25,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanorlhf import UserError, parallel
+from nanorlhf.checkpoint import replacing
 
 # How to run, not what is run:
 NOT_SETTINGS = ("out", "device", "micro_batch_size", "compile", "resume", "overwrite")
+BAD_BATCH = "bad_batch.jsonl"  # the rows of a step that went wrong
 
 
 def open_run(folder, cfg, resume=False, overwrite=False):
@@ -44,7 +46,8 @@ def prepare(folder, cfg, resume, overwrite):
         check_resumable(folder, settings)
     else:
         check_replaceable(folder, settings, overwrite)
-        for name in ("log.jsonl", "summary.json", "state.pt"):  # or --resume would take them up
+        # Or --resume would take them up.
+        for name in ("log.jsonl", "summary.json", "state.pt", BAD_BATCH):
             (folder / name).unlink(missing_ok=True)
     write_whole(folder / "settings.json", settings)
 
@@ -54,7 +57,10 @@ def check_resumable(folder, settings):
         raise UserError(f"--resume: expected a saved state in {folder}, and state.pt is not there")
     old = read_settings(folder)
     changed = differences(old, settings)
-    if settings.get("steps", 0) > old.get("steps", 0):  # to go further is why one resumes
+    # To go further is why one resumes. The steps that were made stay as they are; from there on the
+    # learning rate is what it is at that step of the longer run. (0 steps are one pass over the
+    # data: longer than what?)
+    if 0 < old.get("steps", 0) < settings.get("steps", 0):
         changed.pop("steps", None)
     if changed:
         raise UserError(
@@ -80,7 +86,7 @@ def check_replaceable(folder, settings, overwrite):
 def read_settings(folder):
     try:
         return dict(json.loads((folder / "settings.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(
             f"--out: {folder} holds files but no run (no settings.json that can be read), "
             "so nothing in it is touched; choose another --out"
@@ -96,26 +102,25 @@ def differences(old, new):
 def write_whole(path, content):
     """The whole text or none of it: a crash in the middle leaves the old file."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may keep the new name and lose its content
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 class RunLog:
     """All metrics to log.jsonl at every step, some to the screen now and then.
 
     every: steps from one line on the screen to the next; columns: the metrics it shows (none: all)
+    decode: makes text of tokens; batch: the (tokens, prompt_len) of the current step. Both are for
+    whoever looks into a step that went wrong.
 
     Of several processes the first one writes, and the others have no folder.
     """
 
-    def __init__(self, folder=None, every=10, columns=()):
+    def __init__(self, folder=None, every=10, columns=(), decode=None):
         self.folder = Path(folder) if folder and parallel.rank() == 0 else None
-        self.every, self.columns = every, columns
+        self.every, self.columns, self.decode = every, columns, decode
         self.ends, self.bar, self.interrupted, self.stopping = set(), None, False, False
+        self.batch, self.saved = (), 0
         self.began = time.perf_counter()
 
     def steps(self, start, stop):
@@ -128,7 +133,7 @@ class RunLog:
             rows = read(self.folder) if start > 0 else []
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] < start]
             write_whole(self.folder / "log.jsonl", "".join(kept))
-        self.ends = {start, stop - 1}
+        self.ends, self.saved = {start, stop - 1}, start
         bar = tqdm(total=stop, initial=start, disable=parallel.rank() > 0 or None, leave=False)
         with bar as self.bar, patience(self):
             for step in range(start, stop):
@@ -146,21 +151,52 @@ class RunLog:
         last = done - 1 == max(self.ends, default=None)
         if not self.folder or not (last or self.stopping or done % every == 0):
             return False
-        with open(self.folder / "log.jsonl", "a") as file:
-            os.fsync(file.fileno())
+        self.append("", sync=True)
+        self.saved = done
         return True
 
+    def append(self, line, sync=False):
+        path = self.folder / "log.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(line)
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; {self.last_save()}") from None
+
+    def last_save(self):
+        return (f"--resume goes on from the save of {self.saved} steps" if self.saved else
+                "nothing had been saved")
+
     def write(self, step, **metrics):
-        metrics = {name: rounded(name, x, f"at step {step}") for name, x in metrics.items()}
+        try:
+            metrics = {name: rounded(name, x, f"at step {step}") for name, x in metrics.items()}
+        except UserError as error:
+            raise UserError(f"{error}{self.inquest()}") from None
         if self.folder:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(dict(step=step, **metrics)) + "\n")
+            self.append(json.dumps(dict(step=step, **metrics)) + "\n")
         line = "  ".join(f"{k} {cell(metrics.get(k)):>8}" for k in self.columns or metrics)
         if self.bar is not None:
             self.bar.set_postfix_str(line, refresh=False)
         if step % self.every == 0 or step in self.ends:
             tqdm.write(f"step {step:>5}  {line}")
             sys.stdout.flush()  # whoever watches through a pipe would wait for pages of it
+
+    def inquest(self):
+        """Keep the rows of a step that went wrong, and say where they and the last save are."""
+        if not self.folder:
+            return ""
+        lines = []
+        for tokens, n in self.batch:
+            tokens, n = [int(token) for token in tokens], int(n)
+            record = dict(tokens=tokens, prompt_len=n)
+            if self.decode:
+                record |= dict(prompt=self.decode(tokens[:n]), response=self.decode(tokens[n:]))
+            lines.append(json.dumps(record) + "\n")
+        path = self.folder / BAD_BATCH
+        write_whole(path, "".join(lines))
+        return f"; the step's {len(lines)} rows are in {path}, and {self.last_save()}"
 
     def finish(self, **summary):
         """Write summary.json: what is given, and the seconds since this RunLog was made."""
@@ -219,8 +255,11 @@ def read(folder):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}:{number}: expected JSON, got {line[:40]!r}") from None
+            int(rows[-1]["step"])
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            raise UserError(
+                f"{path}:{number}: expected JSON with a step, got {line[:40]!r}"
+            ) from None
     return rows
 
 

@@ -111,6 +111,7 @@ def train(model, rows, held_out, pad, cfg, log):
         metrics |= dict(lr=learning_rate(step, cfg), grad_norm=grad_norm)
         if seen["step"] % cfg.save_every == 0 or seen["step"] == cfg.steps:
             final = metrics["held_out_loss"] = measure()
+        log.batch = batch
         log.write(step, **metrics)
         if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)

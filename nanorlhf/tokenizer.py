@@ -20,6 +20,7 @@ import regex  # tiktoken brings it along; Python's own re has no \p{L}
 import tiktoken
 
 from nanorlhf import UserError
+from nanorlhf.checkpoint import replacing
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 GPT2 = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"  # one vocabulary for all
@@ -155,7 +156,8 @@ class Tokenizer:
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (Path(folder) / name).write_text(text + "\n", encoding="utf-8")
+            with replacing(Path(folder) / name) as file:
+                file.write((text + "\n").encode())
 
 
 def printable(token):
@@ -219,7 +221,7 @@ def read_merges(path):
         a, _, b = line.partition(" ")
         if a not in known or b not in known or a + b in known:
             expected = "expected two known tokens that make a new one"
-            raise UserError(f"{path}:{number}: {expected}, came {line!r}")
+            raise UserError(f"{path}:{number}: {expected}, came {line[:60]!r}")
         known[a + b] = known[a] + known[b]
     return {token: i for i, token in enumerate(known.values())}
 

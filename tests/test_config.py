@@ -1,5 +1,6 @@
 """A dataclass is the command line: its fields are the flags, its comments are the help."""
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -13,8 +14,14 @@ import pytest
 import torch
 
 from nanorlhf import UserError, config
+from nanorlhf.bench import BenchConfig
 from nanorlhf.config import autocast, find_device, fuse, parse, precision, run, setup
+from nanorlhf.dpo import DPOConfig
+from nanorlhf.evaluate import EvaluateConfig
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.ppo import PPOConfig
+from nanorlhf.reward import RMConfig
+from nanorlhf.sft import SFTConfig
 
 
 @dataclass
@@ -91,6 +98,58 @@ def test_a_mistake_is_one_sentence_that_names_the_flag(words, parts):
     sentence = str(mistake.value)
     assert sentence.startswith(parts[0]) and all(part in sentence for part in parts)
     assert "\n" not in sentence
+
+
+CONFIGS = [SFTConfig, RMConfig, PPOConfig, DPOConfig, EvaluateConfig, BenchConfig]
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_number_has_its_range_and_its_default_lies_within(cls):
+    numbers = {f.name for f in dataclasses.fields(cls) if f.type in (int, float)}
+    assert numbers - {"seed"} <= config.RANGES.keys()  # setup says what a seed may be
+    assert parse(cls, []) == cls()
+
+
+OUT_OF_RANGE = {
+    SFTConfig: "--steps=-1 --batch-size=0 --learning-rate=nan --learning-rate=-1 --n-layer=0"
+    " --n-head=0 --n-embd=0 --save-every=0 --block-size=1 --vocab-size=10 --demos=0 --warmup=-1"
+    " --weight-decay=-1 --grad-clip=0 --grad-clip=nan --dropout=1 --micro-batch-size=-1"
+    " --learning-rate=inf --learning-rate=-inf",
+    RMConfig: "--responses=1 --held-out-prompts=0 --annotator-temperature=-1 --max-new-tokens=0",
+    PPOConfig: "--temperature=0 --temperature=-1 --temperature=nan --kl-coef=nan --kl-coef=-1"
+    " --clip=-1 --clip=0 --value-clip=-1 --epochs=0 --minibatches=0 --minibatches=65 --lam=2"
+    " --gamma=1.01 --gamma=-0.1 --eval-prompts=0 --no-end-penalty=nan --kl-target=-1 --responses=0"
+    " --critic-learning-rate=nan",
+    DPOConfig: "--beta=0 --beta=-1 --beta=nan --responses=1 --prompts=0",
+    EvaluateConfig: "--temperature=0 --prompts=0",
+    BenchConfig: "--iters=0 --batch=0 --vocab=0",
+}
+
+
+@pytest.mark.parametrize(
+    "cls, word", [(cls, word) for cls, words in OUT_OF_RANGE.items() for word in words.split()]
+)
+def test_a_number_that_makes_no_sense_is_refused_by_name(cls, word):
+    flag, _, value = word.partition("=")
+    with pytest.raises(UserError) as mistake:
+        parse(cls, [word])
+    sentence = str(mistake.value)
+    assert sentence.startswith(f"{flag}: expected ") and sentence.endswith(
+        (f"came {value}", f"came {float(value)}")
+    )
+
+
+@pytest.mark.parametrize(
+    "cls, words",
+    [
+        (SFTConfig, "--steps=0 --block-size=2 --dropout=0.99 --grad-clip=inf --warmup=0"),
+        (RMConfig, "--responses=2 --annotator-temperature=0 --micro-batch-size=0"),
+        (PPOConfig, "--responses=1 --lam=0 --gamma=1 --clip=inf --value-clip=inf --minibatches=64"),
+        (DPOConfig, "--beta=1e-9 --learning-rate=0"),
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(cls, words):
+    parse(cls, words.split())
 
 
 def test_a_users_mistake_ends_in_one_line_and_status_2(monkeypatch, capsys):

@@ -94,3 +94,51 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_very_bits(start, stage, 
     assert rows(broken) == rows(whole)
     assert [row["step"] for row in rows(whole)] == list(range(len(rows(whole))))
     assert same_bits(whole, broken)
+
+
+# --- a whole command ---
+
+
+COMMAND = (
+    "train_sft.py --steps 120 --save-every 4 --demos 150 --vocab-size 300 --n-layer 1 --n-head 2"
+    " --n-embd 16 --batch-size 4 --dropout 0.1 --device cpu --dtype float32"
+)
+
+
+def launch(words, out):
+    script, *flags = words.split()
+    return subprocess.Popen(
+        [sys.executable, HERE.parent / script, *flags, "--out", out],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def when_saved(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_a_command_that_is_killed_and_resumed_leaves_the_very_files_of_one_that_was_not(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert launch(COMMAND, whole).wait() == 0
+
+    rng, words = random.Random(0), COMMAND
+    for _ in range(2):
+        command, before = launch(words, broken), when_saved(broken / "state.pt")
+        while command.poll() is None and when_saved(broken / "state.pt") == before:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        command.kill()
+        assert command.wait() == -signal.SIGKILL
+        words = COMMAND + " --resume"
+    assert not (broken / "model.safetensors").exists()
+    command = launch(words, broken)
+    assert command.wait() == 0, command.stderr.read()
+
+    assert rows(broken) == rows(whole) and len(rows(whole)) == 120
+    names = {path.name for path in whole.iterdir()}
+    assert {path.name for path in broken.iterdir()} - names <= {"state.pt.tmp", "log.jsonl.tmp"}
+    for name in names - {"log.jsonl", "summary.json", "state.pt"}:  # seconds stand in these
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name

@@ -15,8 +15,9 @@ MODULES = sorted(FILES.keys() - {"__init__"})
 # From the bottom to the top; a module imports from floors below its own.
 FLOORS = [
     "parallel",
-    "attention tokenizer config runlog checkpoint pretrained",
-    "model logprobs environment plotting",
+    "attention config checkpoint pretrained",
+    "tokenizer runlog",
+    "model logprobs environment plotting memory",
     "generate advantages data",
     "sft reward",
     "ppo dpo ilql",

@@ -349,9 +349,9 @@ def start_of_ppo(monkeypatch, tmp_path, **settings):
     tok, given = tokenizer.learn(environment.prompts(50), 300), []
     shape = GPTConfig(tok.vocab_size, n_positions=64, n_layer=1, n_head=2, n_embd=16)
     saved = GPT(shape), ScalarGPT(shape)
-    saved[0].save(tmp_path / "sft")
-    saved[1].save(tmp_path / "rm")
-    tok.save(tmp_path / "sft")
+    for model, name in zip(saved, ("sft", "rm"), strict=True):
+        model.save(tmp_path / name)
+        tok.save(tmp_path / name)
 
     def stop(*arguments):
         given.extend(arguments)

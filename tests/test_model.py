@@ -246,3 +246,48 @@ def test_a_weight_of_another_shape(tmp_path):
     damage(tmp_path, **{"transformer.wpe.weight": torch.zeros(5, 16)})
     with pytest.raises(UserError, match=r"wpe.weight is \(5, 16\), .* asks for \(12, 16\)"):
         GPT.load(tmp_path)
+
+
+def test_a_reward_model_in_the_place_of_a_language_model_is_refused(tmp_path):
+    ScalarGPT(TINY).save(tmp_path)
+    with pytest.raises(UserError, match="expected a language model, came one with a scalar head"):
+        GPT.load(tmp_path)
+    ScalarGPT.load(tmp_path)  # where it belongs
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "n_positions", "n_layer", "n_head", "n_embd"])
+@pytest.mark.parametrize("value", [-1, 2**70, 1.0, True, "16", [16]])
+def test_a_size_that_is_none(tmp_path, name, value):
+    damage(tmp_path, config={name: value})
+    with pytest.raises(UserError, match=f"config.json: expected {name} from 1 to "):
+        GPT.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "n_positions", "n_embd"])
+def test_a_size_beyond_all_memory_is_refused_before_any_is_taken(tmp_path, name):
+    damage(tmp_path, config={name: 2**24})
+    with pytest.raises(UserError, match=f"config.json asks for .*{2**24}"):
+        GPT.load(tmp_path)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path):
+    damage(tmp_path, config={"n_layer": 10**9})
+    with pytest.raises(UserError, match="expected n_layer from 1 to 28, came 1000000000"):
+        GPT.load(tmp_path)
+
+
+def test_a_matrix_that_is_none(tmp_path):
+    damage(tmp_path, **{"transformer.h.0.mlp.c_fc.weight": torch.zeros(4, 2, 2)})
+    with pytest.raises(UserError, match=r"c_fc.weight is \(4, 2, 2\), .* asks for \(64, 16\)"):
+        GPT.load(tmp_path)
+
+
+def test_checking_a_folder_throws_no_dice(tmp_path):
+    """What is drawn after loading is what it was before folders were checked."""
+    GPT(TINY).save(tmp_path)
+    torch.manual_seed(0)
+    GPT(TINY)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    GPT.load(tmp_path)
+    assert torch.rand(3).equal(expected)

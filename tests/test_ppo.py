@@ -542,3 +542,15 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     summary, models_again = train(dataclasses.replace(cfg, resume=True))
     assert summary["steps"] == 2
     assert all(same(a, b) for a, b in zip(models, models_again, strict=True))
+
+
+def test_a_single_token_is_a_rollout_too():
+    """Whose variance by the unbiased formula would be NaN, and NaN stops a run."""
+    one = torch.zeros(1, 1)
+    rollout = Rollout(
+        tokens=torch.zeros(1, 2, dtype=torch.long), prompt_len=torch.ones(1, dtype=torch.long),
+        mask=torch.ones(1, 1, dtype=torch.bool), ended=torch.ones(1, dtype=torch.bool),
+        old_logprobs=one, ref_logprobs=one, entropy=one, scores=one[0], rewards=one,
+        advantages=one, old_values=one, returns=one + 1,
+    )  # fmt: skip
+    assert all(x.isfinite() for x in summarise(rollout).values())

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorlhf import UserError, reward
+from nanorlhf import UserError, reward, tokenizer
 from nanorlhf.data import collate
-from nanorlhf.model import GPTConfig, ScalarGPT
+from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.reward import (
     RMConfig,
     bradley_terry_loss,
@@ -22,6 +22,7 @@ from nanorlhf.reward import (
     checked,
     gather,
     interval,
+    load_beside,
     load_function,
     normalise,
     report,
@@ -139,6 +140,39 @@ def test_normalised_scores_have_mean_0_and_deviation_1_also_after_loading(model,
     assert torch.equal(score_rows(reward.load(tmp_path), rows, PAD, "float32"), after)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["reward_mean"], config["reward_std"]) == (mean, std)
+
+
+# --- loading ---
+
+
+def saved(folder, model, *texts):
+    tok = tokenizer.learn(texts, 300)
+    tok.save(folder)
+    model.save(folder)
+    return tok
+
+
+def test_a_language_model_in_the_place_of_a_reward_model_is_refused(tmp_path):
+    GPT(TINY).save(tmp_path)
+    with pytest.raises(UserError, match="no weight score.weight; expected a reward model"):
+        reward.load(tmp_path)
+
+
+def test_a_reward_model_must_share_the_policys_vocabulary(tmp_path, model):
+    tok = saved(tmp_path / "rm", model, "see the sea " * 9)
+    policy = GPT(TINY)
+    assert torch.equal(load_beside(tmp_path / "rm", policy, tok).score.weight, model.score.weight)
+    other = tokenizer.learn(["a tea at the estate " * 9], 300)
+    assert other.ranks != tok.ranks
+    with pytest.raises(UserError, match="rm: expected a reward model with the policy's vocabulary"):
+        load_beside(tmp_path / "rm", policy, other)
+
+
+def test_a_reward_model_must_read_as_far_as_the_policy_writes(tmp_path, model):
+    tok = saved(tmp_path, model, "see the sea " * 9)
+    policy = GPT(dataclasses.replace(TINY, n_positions=17))
+    with pytest.raises(UserError, match="reads 17 tokens as the policy does, came one of 16"):
+        load_beside(tmp_path, policy, tok)
 
 
 # --- how good is it? ---
@@ -308,14 +342,43 @@ def test_a_function_of_texts_sees_the_prompt_and_the_response_without_its_end():
     assert scores.tolist() == [2.0, 1.0, 0.0, 1.0] and scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("returned", [[1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 0]])
+PAIRS = [("Hello?", "Hi."), ("Bye?", "No.")]
+
+
+@pytest.mark.parametrize(
+    "returned", [[1.0], [1.0, 2.0, 3.0], None, 1.0, "ok", ["good", "bad"], torch.ones(2, 2)]
+)
 def test_a_function_that_returns_something_else_is_told_what_was_expected(returned):
-    with pytest.raises(UserError, match="must return 2 finite numbers"):
-        checked(returned, 2)
+    with pytest.raises(UserError, match="must return 2 finite numbers.* it returned "):
+        checked(returned, PAIRS)
+
+
+@pytest.mark.parametrize("returned", [[1.0, math.nan], torch.tensor([0, -math.inf])])
+def test_a_function_that_has_no_number_for_a_response_is_told_which(returned):
+    with pytest.raises(UserError, match=r"returned (nan|-inf) for 'No.', said to 'Bye\?'"):
+        checked(returned, PAIRS)
 
 
 def test_numbers_of_every_kind_are_scores():
-    assert checked([1, True, torch.tensor(0.5)], 3) == [1.0, 1.0, 0.5]
+    assert checked([1, True, torch.tensor(0.5)], [("", "")] * 3) == [1.0, 1.0, 0.5]
+
+
+def test_a_function_that_raises_shows_its_own_traceback_and_then_a_sentence(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def score(pairs):\n    return pairs[0] / 0  # oh\n")
+    function = load_function(f"{tmp_path}/mine.py:score")
+    with pytest.raises(UserError, match="the reward function raised TypeError, see above: unsup"):
+        by_text(function, Letters())(*collate([([1, 2], 1)], PAD))
+    shown = capsys.readouterr().err
+    assert "return pairs[0] / 0  # oh" in shown and "nanorlhf" not in shown
+
+
+def test_a_file_that_cannot_be_imported_shows_its_own_traceback_and_then_a_sentence(
+    tmp_path, capsys
+):
+    (tmp_path / "mine.py").write_text("import no_such_module  # oh\n")
+    with pytest.raises(UserError, match="mine.py raised ModuleNotFoundError, see above: No mod"):
+        load_function(f"{tmp_path}/mine.py:score")
+    assert "import no_such_module  # oh" in capsys.readouterr().err
 
 
 def test_a_function_of_a_file(tmp_path):

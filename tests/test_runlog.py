@@ -96,6 +96,14 @@ def test_resuming_with_other_settings_is_refused_by_name(tmp_path):
         open_run(tmp_path, Config(steps=3), resume=True)
 
 
+def test_one_pass_over_the_data_has_no_length_that_could_be_raised(tmp_path):
+    finished_run(tmp_path, steps=0)
+    open_run(tmp_path, Config(steps=0), resume=True)
+    for steps in 3, 5:
+        with pytest.raises(UserError, match=f"steps 0 there, {steps} here"):
+            open_run(tmp_path, Config(steps=steps), resume=True)
+
+
 def test_resuming_needs_a_saved_state(tmp_path):
     open_run(tmp_path, Config())
     with pytest.raises(UserError, match="state.pt"):

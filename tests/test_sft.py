@@ -11,7 +11,7 @@ import torch
 from nanorlhf import sft
 from nanorlhf.data import collate, encode
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.runlog import RunLog
+from nanorlhf.runlog import RunLog, read
 from nanorlhf.sft import SFTConfig, held_out_loss, learning_rate, loss
 
 V, EOS, PAD = 12, 10, 11
@@ -184,3 +184,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     again, summary_again = learn(dataclasses.replace(cfg, resume=True))
     assert summary == summary_again
     assert same(model, again)
+
+
+def test_a_run_that_is_taken_further_goes_on_at_the_rate_of_the_longer_run(tmp_path):
+    short = dataclasses.replace(CFG, steps=4, warmup=1, out=str(tmp_path))
+    learn(short, RunLog(tmp_path))
+    long = dataclasses.replace(short, steps=7, resume=True)
+    learn(long, RunLog(tmp_path))
+    expected = [learning_rate(step, short if step < 4 else long) for step in range(7)]
+    assert [row["lr"] for row in read(tmp_path)] == pytest.approx(expected, rel=1e-5)
+    assert expected[3] < expected[4]  # it had nearly come to rest
