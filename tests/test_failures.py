@@ -82,6 +82,14 @@ def test_the_rows_of_a_bad_step_can_be_read_as_text(tmp_path):
     ]
 
 
+def test_a_resumed_run_that_goes_bad_at_once_names_the_save_it_came_from(tmp_path):
+    write_whole(tmp_path / "log.jsonl", '{"step": 0}\n{"step": 1}\n')
+    log = RunLog(tmp_path)
+    with pytest.raises(UserError, match="--resume goes on from the save of 2 steps"):
+        for step in log.steps(2, 5):
+            log.write(step, loss=float("nan"))
+
+
 def test_weights_that_are_no_numbers_are_never_saved_over_good_ones(tmp_path):
     model = torch.nn.Linear(2, 2)
     save_state(tmp_path, dict(model=model), step=1)

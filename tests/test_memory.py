@@ -41,7 +41,8 @@ SIZES = {
     [
         ("sft", "where layers and attention count"),
         ("sft", "where logits count"),
-        ("rm", "in parts"),
+        ("rm", "where layers and attention count"),
+        ("sft", "in parts"),
         ("dpo", "where logits count"),
         ("ppo", "where weights count"),
         ("ppo", "where logits count"),
