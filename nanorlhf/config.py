@@ -40,14 +40,15 @@ from nanorlhf import UserError, parallel
 ABOVE_0 = sys.float_info.min
 RANGES = {name: limits for limits, names in {
     (0, inf): "steps warmup micro_batch_size learning_rate critic_learning_rate weight_decay "
-              "kl_coef kl_target no_end_penalty annotator_temperature",
+              "kl_coef kl_target no_end_penalty annotator_temperature seeds cql",
     (1, inf): "batch_size save_every epochs minibatches responses prompts eval_prompts "
               "held_out_prompts demos max_new_tokens n_layer n_head n_embd iters batch prompt "
               "response vocab",
     (2, inf): "block_size",
     (258, inf): "vocab_size",
-    (0, 1): "gamma lam",
+    (0, 1): "gamma lam tau polyak",
     (0, 0.99): "dropout",
+    (-inf, inf): "likes_length",
     (ABOVE_0, inf): "temperature beta clip value_clip grad_clip",
 }.items() for name in names.split()}  # fmt: skip
 DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO

@@ -182,7 +182,7 @@ def main(cfg):
     if cfg.judge == "env":
         judge = reward.true_reward(tok)
     else:
-        judge = reward.by_model(reward.load(cfg.judge).to(device))
+        judge = reward.by_model(reward.load_beside(cfg.judge, policy, tok))
     prompts = held_out_prompts(cfg.data, cfg.prompts, cfg.seed)
     summary = compare(policy, against, tok, prompts, judge, cfg)
     print(f"win rate {summary['win_rate']:.3f} (95 %: {summary['win_rate_low']:.3f} to "

@@ -150,6 +150,7 @@ def train(model, rows, scores, pad, cfg, log):
 
         seen["step"] = step + 1
         seen["tokens"] += written
+        log.batch = [row for row, _ in batch]
         log.write(step, **metrics, lr=lr, grad_norm=grad_norm)
         if log.due(seen["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **seen)
@@ -202,7 +203,7 @@ def main(cfg):
     sft.resize_vocab(tok.vocab_size).to(device)
     score = reward.score_function(cfg, tok, sft)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    log = RunLog(cfg.out, columns=("q_loss", "v_loss", "cql_loss", "lr"))   # its clock starts here
+    log = RunLog(cfg.out, columns=("q_loss", "v_loss", "cql_loss", "lr"), decode=tok.decode)
     rows, held_out = logged(sft, tok, cfg)
     scores = score_log(score, rows, tok.pad, device, cfg.dtype)
     print(f"log       {len(rows):,} responses, scored by {cfg.reward}")

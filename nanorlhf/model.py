@@ -172,7 +172,7 @@ class _Pretrained(nn.Module):
         path = Path(folder) / "config.json"
         _check_kind(config, tensors, path)
         if cls is GPT and config.get("architectures") == [QGPT.architecture]:
-            cls = QGPT                    # a policy, too: whoever asks for one gets the whole of it
+            cls, fresh_head = QGPT, False     # a policy, too: whoever asks for one gets it whole
         # Published GPT-2 files name the trunk's weights without the prefix.
         bare = "wte.", "wpe.", "h.", "ln_f."
         tensors = {f"transformer.{name}" if name.startswith(bare) else name: _stored(name, w)
@@ -183,8 +183,9 @@ class _Pretrained(nn.Module):
         shape = _shape(config, dropout, len(tensors), path)
         with torch.device("meta"):       # a stranger's config.json may ask for any size: not yet
             shapes = {name: tuple(w.shape) for name, w in cls(shape).state_dict().items()}
-        if fresh_head and "score.weight" not in tensors:
-            shapes.pop("score.weight", None)
+        if fresh_head:
+            shapes = {name: size for name, size in shapes.items()
+                      if name in tensors or name.startswith("transformer.")}
         _check_shapes(tensors, shapes, shape.n_layer, folder)
         model = cls(shape)
         model.load_state_dict({name: tensors[name] for name in shapes}, strict=False)

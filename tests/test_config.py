@@ -18,10 +18,12 @@ from nanorlhf.bench import BenchConfig
 from nanorlhf.config import autocast, find_device, fuse, parse, precision, run, setup
 from nanorlhf.dpo import DPOConfig
 from nanorlhf.evaluate import EvaluateConfig
+from nanorlhf.ilql import ILQLConfig
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.ppo import PPOConfig
 from nanorlhf.reward import RMConfig
 from nanorlhf.sft import SFTConfig
+from nanorlhf.study import StudyConfig
 
 
 @dataclass
@@ -100,7 +102,8 @@ def test_a_mistake_is_one_sentence_that_names_the_flag(words, parts):
     assert "\n" not in sentence
 
 
-CONFIGS = [SFTConfig, RMConfig, PPOConfig, DPOConfig, EvaluateConfig, BenchConfig]
+CONFIGS = [SFTConfig, RMConfig, PPOConfig, DPOConfig, ILQLConfig, EvaluateConfig, StudyConfig]
+CONFIGS += [BenchConfig]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
