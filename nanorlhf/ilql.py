@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, environment, parallel, reward, tokenizer
+from nanorlhf import checkpoint, data, environment, memory, parallel, reward, tokenizer
 from nanorlhf.advantages import gae
 from nanorlhf.config import autocast, run, setup
 from nanorlhf.data import collate, endless, in_parts
@@ -211,6 +211,7 @@ def main(cfg):
     model = QGPT(sft.config).to(device)
     model.transformer.load_state_dict(sft.transformer.state_dict())
     print(f"policy    {model}, on {device}")
+    memory.tell(memory.ilql(model, rows, cfg), device, cfg.micro_batch_size)
     log.every = max(1, len(rows) // cfg.batch_size // 20)
     summary = train(model, rows, scores, tok.pad, cfg, log)
     parallel.finish()

@@ -73,6 +73,13 @@ def comparisons(model, frozen, groups, cfg):
     return held([model], [frozen]) + update
 
 
+def ilql(model, rows, cfg):
+    """The trunk reads and keeps nothing; each of two Q heads speaks of every token, and a copy."""
+    T, R = lengths(rows)
+    B, holes = split(cfg.batch_size, cfg.micro_batch_size, model.device)
+    return held([model.q, model.v], [model]) + holes * logits(model, B, R, 6)
+
+
 def ppo(policy, critic, frozen, prompts, cfg):
     T, R = max(map(len, prompts)) + cfg.max_new_tokens, cfg.max_new_tokens
     models = [policy, critic] if critic is not None else [policy]

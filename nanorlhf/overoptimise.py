@@ -116,7 +116,7 @@ def overoptimise(cfg):
     runs = {key: list(zip(*grouped(same, ("seed",)).values()))   # the seeds, place by place
             for key, same in grouped(rows, ("labels", "method")).items()}
     tell(runs)
-    (Path(cfg.out) / "overoptimise.png").write_bytes(draw(runs).png())
+    (Path(cfg.out) / "overoptimise.png").write_bytes(picture_of(runs).png())
 
 
 def tell(runs):
@@ -135,7 +135,7 @@ def tell(runs):
               f"({kl[best]:.1f}), {gold[-1]:.2f} | {'; '.join(fits)} |")
 
 
-def draw(runs):
+def picture_of(runs):
     """A panel for each reward model: what it says, and what is true."""
     panels = {}
     for (labels, method), places in runs.items():

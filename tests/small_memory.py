@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from nanorlhf import dpo, memory, ppo, reward, sft
-from nanorlhf.model import GPT, GPTConfig, ScalarGPT
+from nanorlhf import dpo, ilql, memory, ppo, reward, sft
+from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
 from nanorlhf.runlog import RunLog
 
 
@@ -43,6 +43,10 @@ def train(stage, V, C, n_layer, n_head, P, R, B, micro, dtype):
         cfg = dpo.DPOConfig(batch_size=B // 2, **common)
         dpo.train(policy, frozen, groups, 0, cfg, log)
         return memory.comparisons(policy, frozen, groups, cfg)
+    if stage == "ilql":
+        model, cfg = QGPT(shape), ilql.ILQLConfig(batch_size=B, **common)
+        ilql.train(model, rows, [float(i) for i in range(B)], 0, cfg, log)
+        return memory.ilql(model, rows, cfg) + memory.held(frozen=[policy, frozen])
     critic, judge = ScalarGPT(shape).eval(), ScalarGPT(shape).eval()
     cfg = ppo.PPOConfig(batch_size=B, max_new_tokens=R, eval_prompts=1, **common)
     prompts = [tokens[:P] for tokens, _ in rows]

@@ -15,7 +15,7 @@ import torch
 from small_runs import ROWS, STAGES, STILL
 from test_interruptions import rows, same_bits
 
-from nanorlhf import UserError, checkpoint, dpo, ppo, reward, sft, tokenizer
+from nanorlhf import UserError, checkpoint, dpo, ilql, ppo, reward, sft, tokenizer
 from nanorlhf.checkpoint import load_state, save_state
 from nanorlhf.config import run
 from nanorlhf.generate import generate
@@ -25,6 +25,7 @@ from nanorlhf.runlog import RunLog, open_run, write_whole
 LOSSES = dict(
     sft=(sft, "loss"), rm=(reward, "bradley_terry_loss"), ppo=(ppo, "policy_loss"),
     dpo=(dpo, "dpo_loss"),
+    ilql=(ilql, "expectile_loss"),
 )  # fmt: skip
 TEXTS = [tokens for tokens, _ in ROWS]
 
@@ -112,6 +113,15 @@ def test_a_model_that_is_spoilt_says_so_before_it_says_nonsense():
 # --- a full disk ---
 
 
+@pytest.fixture
+def one_thread():
+    """A child has none of the threads that PyTorch has started here, and would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def in_a_child(function):
     """-> what it says as it dies: a sentence, or nothing. Its limits die with it."""
     read, write = os.pipe()
@@ -145,7 +155,7 @@ class FillsUp(RunLog):
 @pytest.mark.parametrize("limit, lost", [(100, "log.jsonl"), (4096, "state.pt")])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_disk_that_fills_up_is_one_sentence_and_the_save_before_still_resumes(
-    stage, limit, lost, folders, monkeypatch
+    stage, limit, lost, folders, monkeypatch, one_thread
 ):
     whole, broken = folders
     small_runs.run(stage, whole)

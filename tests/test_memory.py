@@ -44,6 +44,7 @@ SIZES = {
         ("rm", "where layers and attention count"),
         ("sft", "in parts"),
         ("dpo", "where logits count"),
+        ("ilql", "where logits count"),
         ("ppo", "where weights count"),
         ("ppo", "where logits count"),
     ],

@@ -47,7 +47,7 @@ def scrambled(model, seed=0, by=0.3):
 def test_each_token_was_drawn_from_what_the_scorer_says(monkeypatch, temperature, dtype, gap):
     """The cached, one-token logits that the sampler saw against one pass over the whole. Rows that
     have ended are dropped on the way."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model, steps, real = scrambled(GPT(TINY)).to(dtype), [], generate.sample
     rows, B = [torch.arange(4 * len(PROMPTS))], 4 * len(PROMPTS)
 
