@@ -654,6 +654,26 @@ MUTANTS = [
     Mutant("a perplexity that counts the padding", 31, "nanorlhf/evaluate.py",
            "surprise -= masked(ref_logprobs, mask)", "surprise -= ref_logprobs",
            "test_evaluate.py::test_padding_is_no_part_of_what_a_response_is_like"),
+    Mutant("best of n that wins whenever it is as good as all others", 0, "nanorlhf/evaluate.py",
+           "(up_to ** n - below ** n) / tied", "up_to ** n / tied",
+           "test_study.py::test_the_best_of_n_is_as_likely_as_all_draws_say"),
+    Mutant("a study that makes again what it has", 0, "nanorlhf/study.py",
+           "if key not in made}", "}",
+           "test_study.py::test_an_interrupted_study_makes_only_the_rows_that_are_missing"),
+    Mutant("a law that grows where it should decline", 0, "nanorlhf/overoptimise.py",
+           "-d * decline(d)", "d * decline(d)",
+           "test_study.py::test_a_law_is_found_again_in_numbers_that_follow_it"),
+
+    # --- several processes, and what goes wrong ---
+    Mutant("processes that keep their gradients to themselves", 0, "nanorlhf/parallel.py",
+           "dist.all_reduce(flat)", "pass",
+           "test_parallel.py::test_two_processes_learn_what_one_does"),
+    Mutant("processes that all throw the same dice", 0, "nanorlhf/parallel.py",
+           ".item() + rank()", ".item()",
+           "test_parallel.py::test_processes_answer_the_same_prompt_each_in_its_own_way"),
+    Mutant("a save of weights that are no numbers", 0, "nanorlhf/checkpoint.py",
+           "if not all(w.isfinite().all() for w in weights):", "if False:",
+           "test_failures.py::test_weights_that_are_no_numbers_are_never_saved_over_good_ones"),
 
     # --- how fast is it? ---
     Mutant("flops without the way back", 0, "nanorlhf/bench.py",
