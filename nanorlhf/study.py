@@ -154,7 +154,12 @@ def carry_out(jobs, path, columns, keys):
     the CSV file at path is not run again; the others' are added to it as they end.
     """
     rows = read_csv(path) if path.exists() else []
-    made = {tuple(row[name] for name in keys) for row in rows}
+    order = {key: place for place, key in enumerate(jobs)}
+
+    def of_job(row):
+        return tuple(row[name] for name in keys)
+
+    made = {of_job(row) for row in rows}
     jobs = {key: job for key, job in jobs.items() if key not in made}
     workers = max(1, min(os.cpu_count(), len(jobs)))
     with ProcessPoolExecutor(workers, get_context("spawn"), alone) as pool:
@@ -162,6 +167,7 @@ def carry_out(jobs, path, columns, keys):
             futures = [pool.submit(job) for job in jobs.values()]
             for future in tqdm(as_completed(futures), total=len(jobs), desc="runs", leave=False):
                 rows += future.result()
+                rows.sort(key=lambda row: order.get(of_job(row), len(order)))
                 write_csv(path, columns, rows)
         except BaseException:
             pool.shutdown(cancel_futures=True)      # or Ctrl-C would wait for all that is queued
@@ -257,7 +263,7 @@ def tell(rows, names):
     print("|" + "---|" * (len(names) + 4))
     for key, same in grouped(rows, names).items():
         cells = ["{:.2f} ± {:.2f}".format(*mean_and_half([row[name] for row in same]))
-                 for name in ("kl", "gold", "win_rate")]
+                 .removesuffix(" ± nan") for name in ("kl", "gold", "win_rate")]
         print("| " + " | ".join([*(f"{x:g}" if isinstance(x, float) else x for x in key),
                                  str(len(same)), *cells]) + " |")
 
