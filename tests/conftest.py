@@ -4,6 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
+# Tests run side by side, each with one core: more threads would wait for each other. Set before
+# PyTorch is imported, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 
