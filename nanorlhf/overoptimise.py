@@ -130,7 +130,8 @@ def tell(runs):
                            for name in ("kl", "proxy", "gold"))
         best, moved, sft = gold.argmax(), kl > 0, before[labels]
         fits = [f"{text}: {a:.2f}, {b:.2f}, {r2:.2f}" for text, decline in LAWS.items()
-                for a, b, r2 in [law(kl[moved], gold[moved] - sft, decline)] if len(set(gold[moved])) > 2]
+                for a, b, r2 in [law(kl[moved], gold[moved] - sft, decline)]
+                if len(set(gold[moved])) > 2]
         print(f"| {labels:g} | {method} | {proxy[-1]:.2f} | {sft:.2f}, {gold[best]:.2f} "
               f"({kl[best]:.1f}), {gold[-1]:.2f} | {'; '.join(fits)} |")
 
