@@ -142,8 +142,7 @@ def picture_of(runs):
     for (labels, method), places in runs.items():
         panel = panels.setdefault((labels, method == "ppo_biased"), {})
         for name, what in ("proxy", "reward model"), ("gold", "true reward"):
-            panel[f"{method}, {what}"] = [[(max(0, row["kl"]) ** 0.5, row[name]) for row in place]
+            panel[f"{method}, {what}"] = [[(row["kl"], row[name]) for row in place]
                                           for place in places]
     return plotting.clouds([(f"{labels:g} labels" + ", length liked" * biased, panel)
-                            for (labels, biased), panel in panels.items()],
-                           "square root of KL to the SFT model")
+                            for (labels, biased), panel in panels.items()])

@@ -134,10 +134,11 @@ def growth(panels, unit):
     return fig
 
 
-def clouds(panels, across):
-    """panels: list of (title, {label: [dots of one setting, ...]}), dots: list of (x, y) -> Figure
+def clouds(panels):
+    """panels: list of (title, {label: [dots of one setting, ...]}), dots: list of (KL, y) -> Figure
 
-    Every run is a pale dot; the means of the settings are joined by a line.
+    Every run is a pale dot; the means of the settings are joined by a line. KL grows as the square
+    of how far a policy has moved, so its axis is drawn by the root.
     """
     fig = Picture(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for ax, (title, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -149,7 +150,10 @@ def clouds(panels, across):
             ax.plot(*zip(*means), marker=".", color=paint, linewidth=1.6,
                     label=label.replace("_", " "))
         tidy(ax, title, "")
-        ax.set_xlabel(across, fontsize=8, color=GREY)
+        far = ax.get_xlim()[1]
+        ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        ax.set(xlim=(0, far), xticks=[x for x in (0, 0.5, 2, 5, 10, 20, 40, 80, 160) if x <= far])
+        ax.set_xlabel("KL to the SFT model, nats a response", fontsize=8, color=GREY)
         ax.legend(fontsize=8, frameon=False, labelcolor=INK)
     return fig
 

@@ -230,8 +230,7 @@ def frontier(cfg):
                                 for (whose, _), same in grouped(rows, ("method", "dial")).items()
                                 if whose == method] for method in FRONTIER})
               for title, name in (("True reward", "gold"), ("Win rate over SFT", "win_rate"))]
-    picture = plotting.clouds(panels, "KL to the SFT model, nats a response")
-    (Path(cfg.out) / "frontier.png").write_bytes(picture.png())
+    (Path(cfg.out) / "frontier.png").write_bytes(plotting.clouds(panels).png())
 
 
 def knobs(cfg):

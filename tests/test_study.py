@@ -200,7 +200,7 @@ def test_every_knob_is_a_setting_of_ppo_and_its_default_lies_between():
 
 def test_a_cloud_joins_the_means_of_the_settings():
     lines = dict(ppo=[[(1.0, 2.0), (3.0, 4.0)], [(0.0, 0.0)]])
-    ax = plotting.clouds([("True reward", lines)], "KL").axes[0]
+    ax = plotting.clouds([("True reward", lines)]).axes[0]
     assert ax.lines[0].get_xydata().tolist() == [[0, 0], [2, 3]]
     assert len(ax.collections[0].get_offsets()) == 3
 
