@@ -221,4 +221,5 @@ def fuse(wanted, *models):
         return
     for model in models:
         model.transformer.compile()
+        model.fused = True
     print("compile   on: steps of a new shape wait for it")

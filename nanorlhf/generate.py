@@ -1,13 +1,14 @@
 """Prompts in, responses out.
 
 One causal pass over the prompts fills the key-value cache; then one token a step for all rows, each
-row at its own position. Shapes never change while decoding.
+row at its own position. A step writes into the same tensors every time and never waits for the
+device, so that on CUDA it can be captured: one launch in place of hundreds.
 """
 import torch
 
 from nanorlhf import UserError, parallel
 from nanorlhf.config import autocast
-from nanorlhf.logprobs import tempered
+from nanorlhf.logprobs import response_tokens, tempered
 from nanorlhf.model import KVCache
 
 
@@ -33,41 +34,89 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=None, pad=0, G
     tokens = torch.full((B, P + R), pad, device=device)
     for i, prompt in enumerate(prompts):
         tokens[i * G:(i + 1) * G, :len(prompt)] = torch.tensor(prompt)
-    mask = torch.zeros(B, R, dtype=torch.bool, device=device)
-    rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
 
     # Prefill. Padding behind a short prompt is cached too; the row's own tokens overwrite it before
     # the row's position, and with it the attention mask, ever reaches that far.
-    dtype = model.transformer.wte.weight.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    cache = KVCache(model.config, len(prompts), P + R, device, dtype)
+    S = P + R
+    if model.fused:
+        S += -S % 64                                # as each new shape would wait for the compiler
+    cache = KVCache(model.config, len(prompts), S, device, cache_dtype(model))
     positions = torch.arange(P, device=device).expand(len(prompts), P)
     hidden = model.transformer(tokens[::G, :P], cache, positions)                    # (B / G, P, C)
+    group = torch.arange(B, device=device) // G
     if G > 1:
-        cache.keep(rows // G)
-    hidden = hidden[rows // G, prompt_len - 1]                                              # (B, C)
+        cache.keep(group)
+    hidden = hidden[group, prompt_len - 1]                                                  # (B, C)
     if not hidden.isfinite().all():
         raise UserError("the model computes no finite numbers, so its weights are spoilt: a lower "
                         "--learning-rate is the usual cure")
-    for r in range(R):
-        token = torch.where(alive, sample(model.head(hidden), temperature), pad)
-        at = prompt_len[rows] + r
-        tokens[rows, at] = token
-        mask[rows, r] = alive
-        if eos is not None:
-            alive = alive & (token != eos)
-        if r % 8 == 7:                                   # not always: asking waits for the device
-            if not alive.any():
+
+    decoder = Decoder(model, cache, tokens, prompt_len, temperature, eos, pad)
+    decoder.choose(hidden)
+    step = decoder.step
+    for r in range(1, R):
+        if r % 8 == 0:                                   # not always: asking waits for the device
+            if not decoder.alive.any():
                 break
             # A CPU need not go on with rows that have ended; a GPU is faster with constant shapes.
-            if device.type == "cpu" and alive.float().mean() < 0.75:
-                cache.keep(alive)
-                rows, token, at, alive = rows[alive], token[alive], at[alive], alive[alive]
-        if r < R - 1:
-            hidden = model.transformer(token[:, None], cache, at[:, None])[:, 0]
+            if device.type == "cpu" and not model.fused and decoder.alive.float().mean() < 0.75:
+                decoder.keep(decoder.alive)
+        step()
+        if r == 1 and model.fused and device.type == "cuda":
+            step = captured(step)
+
+    response = response_tokens(tokens, prompt_len, R)
+    ends = torch.zeros_like(response) if eos is None else (response == eos).long()
+    mask = ends.cumsum(1) == ends                      # nothing before it has ended
     R = max(1, int(mask.sum(1).max()))
     return tokens[:, :P + R], prompt_len, mask[:, :R]
+
+
+class Decoder:
+    """Rows that are being answered, one token a step. All that changes, changes in place."""
+
+    def __init__(self, model, cache, tokens, prompt_len, temperature, eos, pad):
+        self.model, self.cache, self.tokens = model, cache, tokens
+        self.temperature, self.eos, self.pad = temperature, eos, pad
+        self.rows = torch.arange(len(tokens), device=tokens.device)      # of tokens: ours to answer
+        self.token, self.at = tokens[:, 0].clone(), prompt_len - 1       # the last one, and where
+        self.alive = torch.ones_like(self.rows, dtype=torch.bool)
+
+    def step(self):
+        """Read each row's last token, and write the next."""
+        x = self.model.transformer(self.token[:, None], self.cache, self.at[:, None])
+        self.choose(x[:, 0])
+
+    def choose(self, hidden):
+        """hidden (B, C): what the model makes of each row's last token"""
+        chosen = sample(self.model.head(hidden), self.temperature)
+        self.token.copy_(torch.where(self.alive, chosen, self.pad))
+        self.at += 1
+        self.tokens[self.rows, self.at] = self.token
+        if self.eos is not None:
+            self.alive &= self.token != self.eos
+
+    def keep(self, rows):
+        """Go on with these rows alone."""
+        self.cache.keep(rows)
+        self.rows, self.token, self.at = self.rows[rows], self.token[rows], self.at[rows]
+        self.alive = self.alive[rows]
+
+
+def captured(step):
+    """The same step as one CUDA graph. It records a call without doing the work of it, so all that
+    is made once (the autocast copies of the weights, cuBLAS's workspace) must have been made."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def cache_dtype(model):
+    """That of the keys and values which the model computes."""
+    if torch.is_autocast_enabled(model.device.type):
+        return torch.get_autocast_dtype(model.device.type)
+    return model.transformer.wte.weight.dtype
 
 
 def sample(logits, temperature):

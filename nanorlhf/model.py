@@ -135,6 +135,7 @@ class Transformer(nn.Module):
 
 class _Pretrained(nn.Module):
     """Saving and loading, the same for both heads, in Hugging Face's GPT-2 layout."""
+    fused = False       # by config.fuse: then a new shape is dear, as it waits for the compiler
 
     def __init__(self, config):
         super().__init__()

@@ -5,9 +5,9 @@ import torch
 from scipy.stats import chisquare
 
 from nanorlhf import UserError
-from nanorlhf.generate import generate, responses, sample
+from nanorlhf.generate import Decoder, generate, responses, sample
 from nanorlhf.logprobs import response_logprobs, response_tokens
-from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.model import GPT, GPTConfig, KVCache
 
 PROMPTS = [[1], [2, 4, 5, 6, 3, 1, 1], [6, 7], [8, 0, 1, 2]]
 EOS, PAD = 9, 10
@@ -107,6 +107,71 @@ def test_responses_to_one_prompt_are_drawn_independently(model):
     same = (firsts == seconds).float().mean().item()
     p = drawn.flatten().bincount().double() / 4000
     assert same == pytest.approx((p**2).sum().item(), abs=4 * (0.25 / 2000) ** 0.5)
+
+
+# --- a step that can be captured ---
+
+
+def decoder_on(model, device):
+    tokens = torch.full((3, 12), PAD, device=device)
+    cache = KVCache(model.config, 3, 12, device, torch.float32)
+    prompt_len = torch.tensor([1, 3, 2], device=device)
+    return Decoder(model.to(device), cache, tokens, prompt_len, 1.0, EOS, PAD)
+
+
+@torch.no_grad()
+def test_a_step_asks_the_device_nothing(model):
+    """Tensors on the meta device have no data: whoever asks for it, or mixes devices, is told."""
+    decoder = decoder_on(model, "meta")
+    decoder.choose(torch.zeros(3, 16, device="meta"))
+    decoder.step()
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(decoder.alive.any())
+
+
+@torch.no_grad()
+def test_a_step_changes_its_rows_in_place(model):
+    decoder = decoder_on(model, "cpu")
+    decoder.choose(torch.zeros(3, 16))
+    changing = ["token", "at", "alive", "tokens", "rows"]
+    before = {name: getattr(decoder, name).data_ptr() for name in changing}
+    at, keys = decoder.at.clone(), [k.data_ptr() for k in decoder.cache.k]
+    for _ in range(2):
+        decoder.step()
+    assert {name: getattr(decoder, name).data_ptr() for name in changing} == before
+    assert [k.data_ptr() for k in decoder.cache.k] == keys
+    assert (decoder.at - at).tolist() == [2, 2, 2]
+
+
+def test_shapes_stay_as_they_are_where_a_new_one_is_dear(model, monkeypatch):
+    seldom = greedy_loop(model, PROMPTS[0], 20)[5]  # three of six rows end on the way
+    asked = (PROMPTS[:1] * 2 + PROMPTS, 20, 0, seldom, PAD)
+    shapes, plain = set(), generate(model, *asked)
+
+    def step(decoder, real=Decoder.step):
+        shapes.add((*decoder.token.shape, *decoder.cache.k[0].shape))
+        real(decoder)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    generate(model, *asked)
+    assert len(shapes) > 1  # on a CPU, rows that have ended are dropped
+    shapes.clear()
+    model.fused = True
+    fused = generate(model, *asked)
+    assert shapes == {(6, 6, 2, 64, 8)}
+    for ours, theirs in zip(plain, fused, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_captured_step_writes_what_the_plain_one_writes(model, temperature):
+    model, found = model.to("cuda"), []
+    for model.fused in (False, True):
+        torch.manual_seed(0)
+        found.append(generate(model, PROMPTS * 4, 20, temperature, EOS, PAD))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # --- what does not fit ---

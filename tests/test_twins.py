@@ -13,7 +13,7 @@ import transformers
 
 from nanorlhf import generate, reward, tokenizer
 from nanorlhf.attention import attend_plain, causal_mask
-from nanorlhf.config import autocast
+from nanorlhf.config import autocast, fuse
 from nanorlhf.data import collate
 from nanorlhf.logprobs import (
     entropy,
@@ -186,6 +186,19 @@ def test_a_compiled_model_says_and_learns_the_same():
     for ours, theirs in zip(learn(model), compiled, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4) and ours.abs().max() > 1e-3
     assert torch.allclose(attended, attend_plain(q, k, v, causal_mask(10, "cpu")), atol=1e-5)
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler, or no Python.h")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_writes_the_same():
+    model = scrambled(GPT(GPTConfig(11, 64, 1, 2, 16)))
+    plain = generate.generate(model, PROMPTS, 12, 0, EOS, PAD)
+    with torch._inductor.config.patch(compile_threads=1):
+        fuse(True, model)
+        compiled = generate.generate(model, PROMPTS, 12, 0, EOS, PAD)
+    torch._dynamo.reset()
+    for ours, theirs in zip(plain, compiled, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 # --- here and in transformers: logits ---
