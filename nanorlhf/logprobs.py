@@ -4,6 +4,7 @@ Everything past `response_window` is response-aligned: column r of a (B, R) tens
 r-th token of the response, and no caller ever writes an index minus one.
 """
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def masked(x, mask):
@@ -60,15 +61,51 @@ def log_softmax(logits, temperature=1.0):
     return tempered(logits, temperature).log_softmax(-1)
 
 
-def token_logprobs(logits, chosen, temperature=1.0):
-    """Log-prob of each chosen token. logits (B, R, V), chosen (B, R) -> (B, R)"""
+def token_logprobs_plain(logits, chosen, temperature=1.0):
+    """Log-prob of each chosen token. logits (..., V), chosen (...) -> (...)"""
     return log_softmax(logits, temperature).gather(-1, chosen[..., None]).squeeze(-1)
 
 
+def token_logprobs(logits, chosen, temperature=1.0):
+    """The same for a few rows at a time, so that no float32 copy of all logits is ever held: at
+    GPT-2's vocabulary two to three times as fast on a CPU."""
+    return _TokenLogprobs.apply(logits, chosen, temperature)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, chosen, temperature):
+        rows, at = logits.flatten(0, -2), chosen.flatten()
+        logprobs = torch.cat([token_logprobs_plain(x, i, temperature) for x, i in few(rows, at)])
+        ctx.save_for_backward(logits, at[:, None], logprobs[:, None])
+        ctx.temperature = temperature
+        return logprobs.view_as(chosen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, push):
+        """d log p(chosen) / d logits = (1 where chosen, and 0 elsewhere, - p) / temperature"""
+        logits, at, logprobs = ctx.saved_tensors
+        rows, push = logits.flatten(0, -2), push.flatten()[:, None] / ctx.temperature
+        gradient = torch.empty_like(rows)
+        for x, out, i, logprob, w in few(rows, gradient, at, logprobs, push):
+            x = tempered(x, ctx.temperature)
+            p = (x - (x.gather(-1, i) - logprob)).exp_()
+            out.copy_(p.mul_(-w).scatter_add_(-1, i, w))
+        return gradient.view_as(logits), None, None
+
+
 def entropy(logits, temperature=1.0):
-    """Entropy of each choice, in nats. logits (B, R, V) -> (B, R)"""
-    logp = log_softmax(logits, temperature)
-    return -(logp.exp() * logp).sum(-1)
+    """Entropy of each choice, in nats. logits (..., V) -> (...)"""
+    logps = (log_softmax(x, temperature) for x, in few(logits.flatten(0, -2)))
+    return torch.cat([-(logp.exp() * logp).sum(-1) for logp in logps]).view(logits.shape[:-1])
+
+
+def few(logits, *others):
+    """Parts of logits (N, V), and of others alike: 4 MB in float32, which stay in a CPU's cache,
+    or 64 MB, which keep a GPU busy."""
+    n = max(1, (2**20 if logits.device.type == "cpu" else 2**24) // logits.shape[-1])
+    return zip(*(x.split(n) for x in (logits, *others)))
 
 
 def response_logits(model, tokens, prompt_len, R):

@@ -8,8 +8,8 @@ line on the screen. Only what is large is counted:
                    2 LayerNorms in and out (4), queries, keys, values as computed and as multiplied
                    (6), attention out and its copy (2), the MLP before and after GELU (8). On a CPU,
                    attention also keeps its weights: a row of T for each head
-    a logit        4 bytes in each of its forms: as computed, over the temperature, their
-                   log-softmax, a gradient
+    a logit        4 bytes as computed, and 4 for its gradient; what else is made of them is made
+                   of a few rows at a time (logprobs.few)
     a cached key   or value: C floats a token and layer, while sampling
 
 Where micro-batches follow each other on a CPU, the allocator's holes cost half as much again as the
@@ -58,8 +58,8 @@ def split(batch, micro_batch_size, device):
 def sft(model, rows, cfg):
     T, R = lengths(rows)
     B, holes = split(cfg.batch_size, cfg.micro_batch_size, model.device)
-    update = holes * activations(model, B, T, cfg.dtype) + logits(model, B, R, 3)
-    return held([model]) + max(update, logits(model, cfg.batch_size, R, 3))  # held-out rows
+    update = holes * activations(model, B, T, cfg.dtype) + logits(model, B, R, 2)
+    return held([model]) + max(update, logits(model, cfg.batch_size, R, 1))  # held-out rows
 
 
 def comparisons(model, frozen, groups, cfg):
@@ -69,7 +69,7 @@ def comparisons(model, frozen, groups, cfg):
     B = prompts * max(len(rows) for rows, _ in groups)
     update = holes * activations(model, B, T, cfg.dtype)
     if not hasattr(model, "score"):
-        update += logits(model, B, R, 4)
+        update += logits(model, B, R, 3)                 # the reference's, too
     return held([model], [frozen]) + update
 
 
@@ -77,7 +77,7 @@ def ilql(model, rows, cfg):
     """The trunk reads and keeps nothing; each of two Q heads speaks of every token, and a copy."""
     T, R = lengths(rows)
     B, holes = split(cfg.batch_size, cfg.micro_batch_size, model.device)
-    return held([model.q, model.v], [model]) + holes * logits(model, B, R, 6)
+    return held([model.q, model.v], [model]) + holes * logits(model, B, R, 5)
 
 
 def ppo(policy, critic, frozen, prompts, cfg):
@@ -85,12 +85,11 @@ def ppo(policy, critic, frozen, prompts, cfg):
     models = [policy, critic] if critic is not None else [policy]
     B, end = cfg.batch_size, min(64, cfg.eval_prompts)       # 64 rows at once when it is judged
     rows, holes = split(-(-B // cfg.minibatches), cfg.micro_batch_size, policy.device)
-    update = logits(policy, rows, R, 3)
+    update = logits(policy, rows, R, 2)           # more than to measure as many rows, forwards only
     update += holes * sum(activations(model, rows, T, cfg.dtype) for model in models)
     respond = cache(policy, B, T) + logits(policy, B, 1, 4)
-    measure = logits(policy, split(B, cfg.micro_batch_size, policy.device)[0], R, 4)
-    compare = cache(policy, end, T) + logits(policy, end, R, 3)
-    return held(models, frozen) + max(update, respond, measure, compare)
+    compare = cache(policy, end, T) + logits(policy, end, R, 2)
+    return held(models, frozen) + max(update, respond, compare)
 
 
 def free(device):

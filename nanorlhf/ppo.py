@@ -4,8 +4,7 @@
     update     a few clipped steps towards what went better than the critic expected
     train      the two in turns
 
-In: a policy, the frozen reference it started from, a critic, a score function and prompts. Out: the
-policy, better. Functions stand in the order in which they are called.
+In: a policy, the reference it started from, a critic, a score and prompts. Out: a better policy.
 
 Left out on purpose: reward whitening, which made things worse for those who measured it (Huang et
 al. 2024); an entropy bonus, as the KL price already keeps the policy from collapsing; top-k and
@@ -125,7 +124,8 @@ def collect(policy, reference, critic, score, prompts, cfg, kl_coef, eos, pad):
 
     # 2. Measure. Old log-probs come from the same forward pass as the update's, not from the
     #    sampler's step by step one, so that the ratio starts at exactly 1.
-    parts = zip(*(x.split(cfg.micro_batch_size or len(x)) for x in (tokens, prompt_len, mask)))
+    rows = cfg.micro_batch_size or -(-len(tokens) // cfg.minibatches)    # as many as an update sees
+    parts = zip(*(x.split(rows) for x in (tokens, prompt_len, mask)))
     measured = [measure(policy, reference, critic, score, *part, cfg) for part in parts]
     said = {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
     said |= dict(tokens=tokens, prompt_len=prompt_len, mask=mask)

@@ -407,8 +407,8 @@ def test_the_language_head_is_run_on_response_positions_alone(monkeypatch):
     monkeypatch.setattr(GPT, "head", lambda m, h: widths.append(h.shape[1:-1]) or real(m, h))
     rollout = roll(models)
     R = rollout.mask.shape[1]
-    sampled, scored = widths[:-2], widths[-2:]
-    assert set(sampled) == {()} and scored == [(R,), (R,)]  # one position a step; then R
+    sampled, scored = widths[:-4], widths[-4:]  # policy and reference, in two parts
+    assert set(sampled) == {()} and scored == [(R,)] * 4  # one position a step; then R
     assert rollout.tokens.shape[1] >= R + 4  # prompts, too, have positions
     widths.clear()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (models[0], models[2])]

@@ -31,7 +31,7 @@ def measured(words):
 SIZES = {
     "where weights count": "2000 512 4 8 32 96 4 0 float32",
     "where layers and attention count": "300 128 6 4 128 128 32 0 float32",
-    "where logits count": "20000 128 2 2 16 64 16 0 float32",
+    "where logits count": "20000 128 2 2 16 64 32 0 float32",
     "in parts": "300 128 6 4 128 128 32 8 float32",
 }
 
