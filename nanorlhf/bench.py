@@ -76,8 +76,6 @@ def measure(cfg):
                                     for kind in (GPT, ScalarGPT, ScalarGPT))
     reference = copy.deepcopy(policy).requires_grad_(False)
     prompts = torch.randint(cfg.vocab, (cfg.batch, cfg.prompt)).tolist()
-    gaps = {f"{name}_{kind}": x for kind, dtypes in PRECISIONS.items()
-            for name, x in precision_gap(policy, prompts, cfg.response, *dtypes).items()}
     fuse(cfg.compile, policy, critic, reference, reward_model)
     optimizers = ppo.make_optimizers(policy, critic)
     ppo_cfg = ppo.PPOConfig(epochs=cfg.epochs, minibatches=cfg.minibatches, dtype=cfg.dtype,
@@ -91,16 +89,20 @@ def measure(cfg):
                 optimizers, prompts, ppo_cfg)
     ppo.generate = generate.generate
     gen_sec, collect_sec, update_sec, sec = (statistics.median(c.seconds[1:]) for c in clocks)
+    peak = peak_memory(device)                    # before the rest, which wants memory of its own
 
     dtype = precision(device, cfg.dtype)
     rate, bandwidth = matmul_rate(device, dtype), copy_rate(device)
+    fresh = GPT(shape).to(device).eval()
+    gaps = {f"{name}_{kind}": x for kind, dtypes in PRECISIONS.items()
+            for name, x in precision_gap(fresh, prompts, cfg.response, *dtypes).items()}
     return dict(
         sec_per_iter=sec, gen_sec=gen_sec, score_sec=collect_sec - gen_sec, update_sec=update_sec,
         first_iter_sec=iterate.seconds[0],
         gen_tokens_per_s=cfg.batch * cfg.response / gen_sec,
         episodes_per_s=cfg.batch / sec,
         update_tokens_per_s=cfg.batch * cfg.response * cfg.epochs / update_sec,
-        peak_memory_mb=peak_memory(device) / 2 ** 20,
+        peak_memory_mb=peak / 2 ** 20,
         matmul_tflops=rate / 1e12, copy_gb_per_s=bandwidth / 1e9,
         mfu=update_flops(cfg) / update_sec / rate,
         mbu=decode_bytes(cfg, policy, dtype) / (gen_sec / cfg.response) / bandwidth,
