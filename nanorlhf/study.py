@@ -54,8 +54,8 @@ class StudyConfig:
 def policy_gradient(cfg, seed, dials, advantage, responses=1, **settings):
     """PPO's loop with any of the advantages. dial: kl_coef"""
     for dial in dials:
-        # A dear nat wants small steps: at 6e-4 the gradient's noise alone moves the policy a nat.
-        own = dict(steps=cfg.steps or 40, kl_coef=dial, learning_rate=2e-4 if dial > 0.1 else 6e-4)
+        own = dict(steps=cfg.steps or 40, kl_coef=dial,
+                   learning_rate=RATES.get(dial, ppo.PPOConfig.learning_rate))
         stage = ppo.PPOConfig(advantage=advantage, responses=responses, seed=seed,
                               device=cfg.device, dtype=cfg.dtype, **own | settings)
         device = setup(stage)
@@ -130,10 +130,12 @@ def measure(policy, reference, tok, cfg, seed):
 
 
 PRICES = (1.0, 0.3, 0.05)
+# A dear nat wants small steps: at 6e-4 the gradient's noise alone moves the policy a nat.
+RATES = {1.0: 2e-4, 0.3: 2e-4, 0.1: 3e-4}
 FRONTIER = dict(
     sft=(partial(run_best_of_n, pool=1), (1,)),
     best_of_n=(run_best_of_n, (2, 4, 8, 16)),
-    ppo=(partial(policy_gradient, advantage="gae"), PRICES),
+    ppo=(partial(policy_gradient, advantage="gae"), (1.0, 0.3, 0.1, 0.05)),
     reinforce=(partial(policy_gradient, advantage="reinforce"), PRICES),
     rloo=(partial(policy_gradient, advantage="rloo", responses=4), PRICES),
     grpo=(partial(policy_gradient, advantage="grpo", responses=4), PRICES),
@@ -239,7 +241,9 @@ def knobs(cfg):
     jobs = {}
     for seed in range(1, (cfg.seeds or 3) + 1):
         for knob, x in settings:
-            turned = {} if knob == "none" else {knob: x}
+            turned = dict(learning_rate=ppo.PPOConfig.learning_rate)
+            if knob != "none":
+                turned[knob] = x
             run_one = partial(policy_gradient, advantage="gae", **turned)
             jobs[knob, x, seed] = partial(labelled, dict(knob=knob, value=x, seed=seed), run_one,
                                           cfg, seed, (ppo.PPOConfig.kl_coef,))
