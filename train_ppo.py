@@ -8,7 +8,8 @@
 """
 from nanorlhf import data, environment, memory, parallel, ppo, reward, tokenizer
 from nanorlhf.config import fuse, run, setup
-from nanorlhf.evaluate import answer, compare, held_out_prompts
+from nanorlhf.evaluate import compare, held_out_prompts
+from nanorlhf.generate import answer
 from nanorlhf.model import GPT
 from nanorlhf.plotting import curves
 from nanorlhf.runlog import RunLog, open_run, samples
@@ -48,7 +49,8 @@ def main(cfg):
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     held_out = held_out_prompts(cfg.data, cfg.eval_prompts, cfg.seed)
-    before = answer(policy, tok, held_out[:3], cfg.max_new_tokens, cfg.temperature, cfg.seed)
+    shown = data.encode_prompts(held_out[:3], tok, room, data.Counter())
+    before = answer(policy, tok, shown, cfg.max_new_tokens, cfg.temperature, cfg.seed)
     log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS, decode=tok.decode)
     summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
     parallel.finish()
@@ -65,8 +67,8 @@ def main(cfg):
     if not cfg.data:
         summary |= dict(gold_before=found["score_against"], gold_after=found["score_policy"])
     summary = log.finish(**summary)
-    samples(cfg.out, before,
-            answer(policy, tok, held_out[:3], cfg.max_new_tokens, cfg.temperature, cfg.seed))
+    after = answer(policy, tok, shown, cfg.max_new_tokens, cfg.temperature, cfg.seed)
+    samples(cfg.out, before, after)
     curves(cfg.out, PANELS)
     judged = "the score" if cfg.data else "the true reward"
     print(f"win rate over the SFT model, by {judged}: {summary['win_rate']:.3f} (95 %: "

@@ -7,7 +7,7 @@
 """
 from nanorlhf import data, environment, memory, parallel, sft, tokenizer
 from nanorlhf.config import fuse, run, setup
-from nanorlhf.evaluate import answer
+from nanorlhf.generate import answer
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.plotting import curves
 from nanorlhf.runlog import RunLog, open_run, samples
@@ -46,8 +46,9 @@ def main(cfg):
     fuse(cfg.compile, model)
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
     length = min(block_size // 2, 128)
+    prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
+    prompts = data.encode_prompts(prompts, tok, block_size - length, data.Counter())
     before = answer(model, tok, prompts, length, seed=cfg.seed)
     log = RunLog(cfg.out, max(1, cfg.steps // 20), ("loss", "held_out_loss", "lr"), tok.decode)
     held_out_rows = data.encode(held_out, tok, block_size, counts)

@@ -17,7 +17,7 @@ import torch
 from nanorlhf import checkpoint, data, environment, memory, parallel, tokenizer
 from nanorlhf.config import autocast, fuse, run, setup
 from nanorlhf.data import endless, in_parts
-from nanorlhf.generate import respond, sample_rows
+from nanorlhf.generate import answer, sample_rows
 from nanorlhf.logprobs import masked, response_logprobs
 from nanorlhf.model import GPT
 from nanorlhf.plotting import curves
@@ -164,7 +164,9 @@ def main(cfg):
     print(f"policy    {policy}, on {device}")
     memory.tell(memory.comparisons(policy, reference, groups, cfg), device, cfg.micro_batch_size)
     fuse(cfg.compile, policy, reference)
-    before = answer(policy, tok, held_out[:3], cfg)
+    room = policy.config.n_positions - cfg.max_new_tokens
+    shown = [tokens[:prompt_len][-room:] for [(tokens, prompt_len), *_], _ in held_out[:3]]
+    before = answer(policy, tok, shown, cfg.max_new_tokens, seed=cfg.seed)
     log.every = max(1, len(groups) // cfg.batch_size // 20)
     summary = train(policy, reference, groups, tok.pad, cfg, log)
     parallel.finish()
@@ -173,7 +175,7 @@ def main(cfg):
 
     found = report(policy, reference, held_out, tok.pad, cfg)
     s = log.finish(**summary, **found, **ceiling)
-    samples(cfg.out, before, answer(policy, tok, held_out[:3], cfg))
+    samples(cfg.out, before, answer(policy, tok, shown, cfg.max_new_tokens, seed=cfg.seed))
     curves(cfg.out, PANELS)
     print(f"accuracy  {s['accuracy']:.3f} of the implicit reward on {s['pairs']:,} held-out pairs "
           f"(95 %: {s['accuracy_low']:.3f} to {s['accuracy_high']:.3f})")
@@ -188,15 +190,6 @@ def compare_samples(sft, tok, n, k, cfg, held_out):
     prompts = environment.prompts(n, cfg.seed, held_out)
     rows = sample_rows(sft, tok, [tok.encode(p) for p in prompts for _ in range(k)], cfg)
     return annotate(prompts, rows, tok, cfg)
-
-
-def answer(policy, tok, groups, cfg):
-    """What the policy says to the prompts of groups, with the same dice each time. -> text pairs"""
-    room = policy.config.n_positions - cfg.max_new_tokens
-    prompts = [tokens[:prompt_len][-room:] for [(tokens, prompt_len), *_], _ in groups]
-    torch.manual_seed(cfg.seed)
-    texts = respond(policy, tok, prompts, cfg.max_new_tokens)[1]
-    return [(tok.decode(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 if __name__ == "__main__":

@@ -124,20 +124,6 @@ def choices(path):
     return first, second
 
 
-def answer(model, tok, prompts, max_new_tokens, temperature=1.0, seed=0):
-    """The same prompts, the same dice: before and after can be compared. -> (prompt, response)s
-
-    Long prompts lose their beginning. The random state of the run is left as it was.
-    """
-    room = model.config.n_positions - max_new_tokens
-    gpu = [torch.cuda.current_device()] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(gpu):
-        torch.manual_seed(seed)
-        rows = data.encode_prompts(prompts, tok, room, Counter())
-        texts = respond(model, tok, rows, max_new_tokens, temperature)[1]
-    return list(zip(prompts, texts, strict=True))
-
-
 def compare(policy, against, tok, prompts, judge, cfg):
     """Both models answer the prompts (texts); who is preferred, and what each is like. -> summary
 

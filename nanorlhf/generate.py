@@ -149,6 +149,18 @@ def respond(model, tok, prompts, max_new_tokens, temperature=1.0, batch_size=250
     return batches, texts
 
 
+def answer(model, tok, prompts, max_new_tokens, temperature=1.0, seed=0):
+    """The same prompts (token lists), the same dice: before and after can be compared.
+
+    The random state of the run is left as it was. -> (prompt, response) texts
+    """
+    gpu = [torch.cuda.current_device()] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(gpu):
+        torch.manual_seed(seed)
+        texts = respond(model, tok, prompts, max_new_tokens, temperature)[1]
+    return [(tok.decode(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
 def sample_rows(model, tok, prompts, cfg):
     """One response to each prompt (token lists) -> rows (tokens, prompt_len)"""
     prompts = parallel.mine(prompts)

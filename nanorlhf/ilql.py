@@ -22,7 +22,7 @@ from nanorlhf import checkpoint, data, environment, memory, parallel, reward, to
 from nanorlhf.advantages import gae
 from nanorlhf.config import autocast, run, setup
 from nanorlhf.data import collate, endless, in_parts
-from nanorlhf.generate import respond, sample_rows
+from nanorlhf.generate import answer, sample_rows
 from nanorlhf.logprobs import masked_mean, response_tokens, response_window, token_logprobs
 from nanorlhf.model import GPT, QGPT, wide
 from nanorlhf.plotting import curves
@@ -219,17 +219,11 @@ def main(cfg):
     tok.save(cfg.out)
 
     s = log.finish(**summary)
-    samples(cfg.out, *(answer(policy, tok, held_out[:3], cfg) for policy in (sft, model)))
+    samples(cfg.out, *(answer(policy, tok, held_out[:3], cfg.max_new_tokens, seed=cfg.seed)
+                       for policy in (sft, model)))
     curves(cfg.out, PANELS)
     print(f"{s['seconds']:.0f} s; see {cfg.out}/curves.png and samples.md")
     print(f"next: python -m nanorlhf.evaluate --policy {cfg.out} --against {cfg.sft}")
-
-
-def answer(policy, tok, prompts, cfg):
-    """What the policy says to prompts, with the same dice each time. -> text pairs"""
-    torch.manual_seed(cfg.seed)
-    texts = respond(policy, tok, prompts, cfg.max_new_tokens)[1]
-    return [(tok.decode(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 if __name__ == "__main__":

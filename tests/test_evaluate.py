@@ -9,7 +9,6 @@ import torch
 from nanorlhf import UserError, data, environment, tokenizer
 from nanorlhf.evaluate import (
     EvaluateConfig,
-    answer,
     choices,
     compare,
     describe,
@@ -18,7 +17,7 @@ from nanorlhf.evaluate import (
     score_batches,
     win_rate,
 )
-from nanorlhf.generate import respond
+from nanorlhf.generate import answer, respond
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.reward import true_reward
@@ -143,14 +142,15 @@ def test_respond_keeps_the_order_over_many_batches(tok):
 
 
 def test_before_and_after_throw_the_same_dice_and_leave_the_runs_alone(tok):
-    model, prompts = make_model(tok), environment.prompts(3)
+    model, texts = make_model(tok), environment.prompts(3)
+    prompts = [tok.encode(text) for text in texts]
     torch.manual_seed(5)
     state = torch.get_rng_state()
     before = answer(model, tok, prompts, 12, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(10)
     assert answer(model, tok, prompts, 12, seed=1) == before
-    assert [prompt for prompt, _ in before] == prompts
+    assert [prompt for prompt, _ in before] == texts
 
 
 # --- the whole comparison ---

@@ -17,7 +17,7 @@ import transformers
 
 from nanorlhf import UserError, environment, evaluate, ilql, tokenizer
 from nanorlhf.data import collate, preferences, split
-from nanorlhf.generate import generate, responses
+from nanorlhf.generate import answer, generate, responses
 from nanorlhf.ilql import ILQLConfig, follow, logged, losses, q_targets, score_log
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
@@ -595,9 +595,9 @@ def test_before_and_after_are_answered_with_the_same_dice(workshop):
     sft, policy = (GPT.load(folder / "out" / stage) for stage in ("sft", "ilql"))
     tok, cfg = tokenizer.load(folder / "out" / "sft"), settings(folder, "none")
     prompts = [tok.encode(p) for p in environment.prompts(3)]
-    before = ilql.answer(sft, tok, prompts, cfg)
+    before = answer(sft, tok, prompts, cfg.max_new_tokens, seed=1)
     policy.beta.fill_(0.0)
-    assert ilql.answer(policy, tok, prompts, cfg) == before
+    assert answer(policy, tok, prompts, cfg.max_new_tokens, seed=1) == before
     assert [prompt for prompt, _ in before] == environment.prompts(3)
 
 
