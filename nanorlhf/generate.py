@@ -137,9 +137,13 @@ def responses(tokens, prompt_len, mask):
     return [row[n:n + m].tolist() for row, n, m in zip(tokens, prompt_len, mask.sum(1))]
 
 
-def respond(model, tok, prompts, max_new_tokens, temperature=1.0, batch_size=250, dtype="float32"):
-    """Answer each prompt (token lists). -> batches (tokens, prompt_len, mask), texts"""
+def respond(model, tok, prompts, max_new_tokens, temperature=1.0, batch_size=0, dtype="float32"):
+    """Answer each prompt (token lists), batch_size at a time; 0: as many as is quick and fits.
+
+    -> batches (tokens, prompt_len, mask), texts
+    """
     batches, texts = [], []
+    batch_size = batch_size or quick_batch(model, prompts, max_new_tokens)
     for i in range(0, len(prompts), batch_size):
         with autocast(model.device, dtype):
             batch = generate(model, prompts[i:i + batch_size], max_new_tokens, temperature,
@@ -147,6 +151,13 @@ def respond(model, tok, prompts, max_new_tokens, temperature=1.0, batch_size=250
         batches.append(batch)
         texts += [tok.decode(r) for r in responses(*batch)]
     return batches, texts
+
+
+def quick_batch(model, prompts, max_new_tokens, most=500, room=4e9):
+    """Rows to answer at once: past 500 it is hardly faster, and 4 GB are not to be exceeded."""
+    c, longest = model.config, max(map(len, prompts), default=0) + max_new_tokens
+    row = 4 * (2 * c.n_layer * c.n_embd * longest + 4 * c.vocab_size)   # keys, values and logits
+    return max(1, min(most, int(room / row)))
 
 
 def answer(model, tok, prompts, max_new_tokens, temperature=1.0, seed=0):

@@ -5,7 +5,7 @@ import torch
 from scipy.stats import chisquare
 
 from nanorlhf import UserError
-from nanorlhf.generate import Decoder, generate, responses, sample
+from nanorlhf.generate import Decoder, generate, quick_batch, responses, sample
 from nanorlhf.logprobs import response_logprobs, response_tokens
 from nanorlhf.model import GPT, GPTConfig, KVCache
 
@@ -187,6 +187,15 @@ def test_what_does_not_fit_is_said_in_a_sentence(model):
 def test_a_response_needs_a_prompt(model, prompts):
     with pytest.raises(UserError, match="expected prompts of one token at least"):
         generate(model, prompts, 4)
+
+
+def test_long_rows_of_a_large_model_are_answered_few_at_a_time():
+    tiny, prompts = GPT(GPTConfig(12, 64, 2, 2, 16)), [[1] * 20, [1] * 30]
+    assert quick_batch(tiny, prompts, 34) == 500
+    row = 2 * 4 * 2 * 16 * 64 + 4 * 4 * 12  # keys, values; four forms of a token's logits
+    assert quick_batch(tiny, prompts, 34, room=7.5 * row) == 7
+    assert quick_batch(tiny, prompts, 34, room=row / 2) == 1
+    assert quick_batch(tiny, [], 34) == 500
 
 
 # --- the sampler draws what the scorer scores ---
