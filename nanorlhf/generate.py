@@ -35,22 +35,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=None, pad=0, G
     for i, prompt in enumerate(prompts):
         tokens[i * G:(i + 1) * G, :len(prompt)] = torch.tensor(prompt)
 
-    # Prefill. Padding behind a short prompt is cached too; the row's own tokens overwrite it before
-    # the row's position, and with it the attention mask, ever reaches that far.
-    S = P + R
-    if model.fused:
-        S += -S % 64                                # as each new shape would wait for the compiler
-    cache = KVCache(model.config, len(prompts), S, device, cache_dtype(model))
-    positions = torch.arange(P, device=device).expand(len(prompts), P)
-    hidden = model.transformer(tokens[::G, :P], cache, positions)                    # (B / G, P, C)
-    group = torch.arange(B, device=device) // G
-    if G > 1:
-        cache.keep(group)
-    hidden = hidden[group, prompt_len - 1]                                                  # (B, C)
-    if not hidden.isfinite().all():
-        raise UserError("the model computes no finite numbers, so its weights are spoilt: a lower "
-                        "--learning-rate is the usual cure")
-
+    cache, hidden = prefill(model, tokens, prompt_len, P, G)
     decoder = Decoder(model, cache, tokens, prompt_len, temperature, eos, pad)
     decoder.choose(hidden)
     step = decoder.step
@@ -70,6 +55,28 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=None, pad=0, G
     mask = ends.cumsum(1) == ends                      # nothing before it has ended
     R = max(1, int(mask.sum(1).max()))
     return tokens[:, :P + R], prompt_len, mask[:, :R]
+
+
+def prefill(model, tokens, prompt_len, P, G):
+    """Read the prompts, each once for its G rows. -> cache of B rows, hidden (B, C) at their ends
+
+    Padding behind a short prompt is cached too; the row's own tokens overwrite it before the row's
+    position, and with it the attention mask, ever reaches that far.
+    """
+    B, S = tokens.shape
+    if model.fused:
+        S += -S % 64                                # as each new shape would wait for the compiler
+    cache = KVCache(model.config, B // G, S, model.device, cache_dtype(model))
+    positions = torch.arange(P, device=model.device).expand(B // G, P)
+    hidden = model.transformer(tokens[::G, :P], cache, positions)                    # (B / G, P, C)
+    group = torch.arange(B, device=model.device) // G
+    if G > 1:
+        cache.keep(group)
+    hidden = hidden[group, prompt_len - 1]                                                  # (B, C)
+    if not hidden.isfinite().all():
+        raise UserError("the model computes no finite numbers, so its weights are spoilt: a lower "
+                        "--learning-rate is the usual cure")
+    return cache, hidden
 
 
 class Decoder:

@@ -449,7 +449,7 @@ MUTANTS = [
            "by_response(rewards.sum(1), cfg)", 'by_response(said["scores"], cfg)',
            "test_ppo.py::test_without_a_critic_a_response_is_pushed_by_all_that_it_earned"),
     Mutant("responses that stand beside those of other prompts", 41, "nanorlhf/generate.py",
-           "cache.keep(group)", "cache.keep(torch.arange(B) % len(prompts))",
+           "cache.keep(group)", "cache.keep(torch.arange(B) % (B // G))",
            "test_generate.py::"
            "test_responses_to_one_prompt_share_its_pass_and_are_what_they_would_be_alone"),
     Mutant("k3 as the price", 34, "nanorlhf/ppo.py",

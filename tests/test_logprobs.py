@@ -144,7 +144,7 @@ def test_a_few_rows_at_a_time_say_and_learn_what_all_at_once_do(dtype, gap, temp
         found.append((said.detach(), logits.grad))
     (ours, gradient), (plain, plain_gradient) = found
     assert ours.dtype == plain.dtype and gradient.dtype == dtype
-    assert (ours - plain).abs().max() < max(gap, 1e-6) and ours.max() > -2
+    assert (ours - plain).abs().max() < min(gap, 1e-6) and ours.max() > -2
     assert (gradient - plain_gradient).abs().max() < gap < 0.1 < gradient.abs().max()
 
 
@@ -162,13 +162,14 @@ def test_log_probs_keep_no_second_copy_of_the_logits():
         kept[x.data_ptr()] = x.nbytes
         return x
 
-    for say, most in ((token_logprobs, 1.01), (token_logprobs_plain, 5)):
+    held = []
+    for say in (token_logprobs, token_logprobs_plain):
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             said = say(logits, torch.zeros(64, dtype=torch.long))
-        held = sum(kept.values()) / logits.nbytes
-        assert most - 4 < held < most
-    assert said.shape == (64,) and held > 2  # the plain form keeps one of twice the size
+        assert said.shape == (64,)
+        held.append(sum(kept.values()) / logits.nbytes)
+    assert held[0] < 1.01 and held[1] > 2  # the plain form keeps one of twice the size
 
 
 def test_the_entropy_of_a_few_rows_at_a_time_is_that_of_all():
