@@ -6,13 +6,14 @@
     python train_ppo.py --advantage grpo --responses 4      no critic: compare answers
     python train_ppo.py --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ppo
 """
-from nanorlhf import data, environment, memory, parallel, ppo, reward, tokenizer
-from nanorlhf.config import fuse, run, setup
+from nanorlhf import environment, ppo, reward, tokenizer
 from nanorlhf.evaluate import compare, held_out_prompts
 from nanorlhf.generate import answer
 from nanorlhf.model import GPT
-from nanorlhf.plotting import curves
-from nanorlhf.runlog import RunLog, open_run, samples
+from nanorlhf.support import data, memory, parallel
+from nanorlhf.support.config import fuse, run, setup
+from nanorlhf.support.plotting import curves
+from nanorlhf.support.runlog import RunLog, open_run, samples
 
 PANELS = [("Score", "of the reward model", ["score"]),
           ("KL to the reference", "nats / response", ["kl", "kl_k3"]),

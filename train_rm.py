@@ -3,13 +3,14 @@
     python train_rm.py                                      the built-in world
     python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
 """
-from nanorlhf import data, environment, memory, parallel, reward, tokenizer
-from nanorlhf.config import fuse, run, setup
+from nanorlhf import environment, reward, tokenizer
 from nanorlhf.evaluate import held_out_prompts
 from nanorlhf.generate import sample_rows
 from nanorlhf.model import GPT, ScalarGPT
-from nanorlhf.plotting import curves
-from nanorlhf.runlog import RunLog, open_run, samples
+from nanorlhf.support import data, memory, parallel
+from nanorlhf.support.config import fuse, run, setup
+from nanorlhf.support.plotting import curves
+from nanorlhf.support.runlog import RunLog, open_run, samples
 
 PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accuracy"]),
           ("Margin", "chosen - rejected", ["margin"]), ("Gradient norm", "", ["grad_norm"])]

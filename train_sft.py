@@ -5,12 +5,13 @@
     python train_sft.py --data hh.jsonl.gz --init out/base --out out/hh-sft
     python train_sft.py --data hh.jsonl.gz --init gpt2 --learning-rate 5e-5 --out out/hh-gpt2
 """
-from nanorlhf import data, environment, memory, parallel, sft, tokenizer
-from nanorlhf.config import fuse, run, setup
+from nanorlhf import environment, sft, tokenizer
 from nanorlhf.generate import answer
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.plotting import curves
-from nanorlhf.runlog import RunLog, open_run, samples
+from nanorlhf.support import data, memory, parallel
+from nanorlhf.support.config import fuse, run, setup
+from nanorlhf.support.plotting import curves
+from nanorlhf.support.runlog import RunLog, open_run, samples
 
 PANELS = [("Loss", "nats / token", ["loss", "held_out_loss"]),
           ("Learning rate", "", ["lr"]),

@@ -7,11 +7,9 @@ Read in this order:
     logprobs.py  advantages.py           the sums that everything below is made of
     sft.py  reward.py  ppo.py            imitate, judge, improve
     dpo.py  ilql.py                      other losses that learn from the same data
-    evaluate.py  bench.py                did it help? how fast is it?
-    study.py  overoptimise.py  claims.py many runs: which method, when is it too much, is it true?
+    evaluate.py                          did it help?
 
-The other files serve these: config.py, runlog.py, checkpoint.py, pretrained.py, data.py,
-plotting.py, memory.py, and parallel.py, where several processes share the work.
+What any training program needs stands in support/, programs about all this in experiments/.
 
 Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dimension key:
 

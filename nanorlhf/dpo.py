@@ -14,15 +14,16 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, environment, memory, parallel, tokenizer
-from nanorlhf.config import autocast, fuse, run, setup
-from nanorlhf.data import endless, in_parts
+from nanorlhf import environment, tokenizer
 from nanorlhf.generate import answer, sample_rows
 from nanorlhf.logprobs import masked, response_logprobs
 from nanorlhf.model import GPT
-from nanorlhf.plotting import curves
 from nanorlhf.reward import annotate, bradley_terry_loss, by_prompt, gather, interval
-from nanorlhf.runlog import RunLog, open_run, samples
+from nanorlhf.support import checkpoint, data, memory, parallel
+from nanorlhf.support.config import autocast, fuse, run, setup
+from nanorlhf.support.data import endless, in_parts
+from nanorlhf.support.plotting import curves
+from nanorlhf.support.runlog import RunLog, open_run, samples
 
 PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accuracy"]),
           ("Implicit reward", "beta (log pi - log pi_ref)", ["chosen_reward", "rejected_reward"]),

@@ -21,12 +21,13 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import UserError, data, environment, reward, tokenizer
-from nanorlhf.config import autocast, run, setup
+from nanorlhf import UserError, environment, reward, tokenizer
 from nanorlhf.generate import respond
 from nanorlhf.logprobs import kl_k1, masked, response_logprobs
 from nanorlhf.model import GPT
-from nanorlhf.runlog import RunLog, open_run
+from nanorlhf.support import data
+from nanorlhf.support.config import autocast, run, setup
+from nanorlhf.support.runlog import RunLog, open_run
 
 # Studies of many runs, and where they are: above this file, as they are made of it.
 STUDIES = dict(frontier="study", knobs="study", overoptimise="overoptimise",
@@ -185,7 +186,7 @@ def main(cfg):
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in STUDIES:
         name = sys.argv.pop(1)
-        study = getattr(importlib.import_module(f"nanorlhf.{STUDIES[name]}"), name)
-        importlib.import_module("nanorlhf.study").main(study)
+        study = getattr(importlib.import_module(f"nanorlhf.experiments.{STUDIES[name]}"), name)
+        importlib.import_module("nanorlhf.experiments.study").main(study)
     else:
         run(main, EvaluateConfig)

@@ -6,10 +6,11 @@ device, so that on CUDA it can be captured: one launch in place of hundreds.
 """
 import torch
 
-from nanorlhf import UserError, parallel
-from nanorlhf.config import autocast
+from nanorlhf import UserError
 from nanorlhf.logprobs import response_tokens, tempered
 from nanorlhf.model import KVCache
+from nanorlhf.support import parallel
+from nanorlhf.support.config import autocast
 
 
 @torch.no_grad()

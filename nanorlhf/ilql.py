@@ -18,15 +18,16 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, data, environment, memory, parallel, reward, tokenizer
+from nanorlhf import environment, reward, tokenizer
 from nanorlhf.advantages import gae
-from nanorlhf.config import autocast, run, setup
-from nanorlhf.data import collate, endless, in_parts
 from nanorlhf.generate import answer, sample_rows
 from nanorlhf.logprobs import masked_mean, response_tokens, response_window, token_logprobs
 from nanorlhf.model import GPT, QGPT, wide
-from nanorlhf.plotting import curves
-from nanorlhf.runlog import RunLog, open_run, samples
+from nanorlhf.support import checkpoint, data, memory, parallel
+from nanorlhf.support.config import autocast, run, setup
+from nanorlhf.support.data import collate, endless, in_parts
+from nanorlhf.support.plotting import curves
+from nanorlhf.support.runlog import RunLog, open_run, samples
 
 PANELS = [("Q loss", "score units, squared", ["q_loss"]),
           ("V loss", "score units, squared", ["v_loss"]),

@@ -15,8 +15,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanorlhf import UserError, checkpoint, pretrained
+from nanorlhf import UserError
 from nanorlhf.attention import attend, causal_mask
+from nanorlhf.support import checkpoint, pretrained
 
 
 @dataclass

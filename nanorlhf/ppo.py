@@ -17,10 +17,8 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import UserError, checkpoint, parallel
+from nanorlhf import UserError
 from nanorlhf.advantages import gae, grpo, reinforce, rloo
-from nanorlhf.config import autocast
-from nanorlhf.data import endless, in_parts
 from nanorlhf.generate import generate
 from nanorlhf.logprobs import (
     entropy,
@@ -35,6 +33,9 @@ from nanorlhf.logprobs import (
     token_logprobs,
     whiten,
 )
+from nanorlhf.support import checkpoint, parallel
+from nanorlhf.support.config import autocast
+from nanorlhf.support.data import endless, in_parts
 
 
 @dataclass

@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import UserError, checkpoint, environment, parallel, tokenizer
-from nanorlhf.config import autocast
-from nanorlhf.data import collate, endless, in_parts
+from nanorlhf import UserError, environment, tokenizer
 from nanorlhf.logprobs import response_tokens
 from nanorlhf.model import ScalarGPT
+from nanorlhf.support import checkpoint, parallel
+from nanorlhf.support.config import autocast
+from nanorlhf.support.data import collate, endless, in_parts
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import checkpoint, parallel
-from nanorlhf.config import autocast
-from nanorlhf.data import collate, endless, in_parts
 from nanorlhf.logprobs import masked_mean, response_logprobs
+from nanorlhf.support import checkpoint, parallel
+from nanorlhf.support.config import autocast
+from nanorlhf.support.data import collate, endless, in_parts
 
 
 @dataclass

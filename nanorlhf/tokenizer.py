@@ -20,7 +20,7 @@ import regex  # tiktoken brings it along; Python's own re has no \p{L}
 import tiktoken
 
 from nanorlhf import UserError
-from nanorlhf.checkpoint import replacing
+from nanorlhf.support.checkpoint import replacing
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 GPT2 = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"  # one vocabulary for all

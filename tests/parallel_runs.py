@@ -19,9 +19,10 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from nanorlhf import config, data, dpo, parallel, ppo, reward, runlog, sft
+from nanorlhf import dpo, ppo, reward, sft
 from nanorlhf.generate import generate, sample_rows
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
+from nanorlhf.support import config, data, parallel, runlog
 
 SIZE = dict(vocab_size=12, n_positions=24, n_layer=1, n_head=2, n_embd=16)
 END, PAD = 10, 11

@@ -11,9 +11,10 @@ import sys
 
 import torch
 
-from nanorlhf import dpo, ilql, memory, ppo, reward, sft
+from nanorlhf import dpo, ilql, ppo, reward, sft
 from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
-from nanorlhf.runlog import RunLog
+from nanorlhf.support import memory
+from nanorlhf.support.runlog import RunLog
 
 
 def peak():

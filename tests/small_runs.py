@@ -16,7 +16,7 @@ import torch
 
 from nanorlhf import dpo, ilql, ppo, reward, sft
 from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
-from nanorlhf.runlog import RunLog
+from nanorlhf.support.runlog import RunLog
 
 TINY = GPTConfig(vocab_size=12, n_positions=20, n_layer=1, n_head=2, n_embd=16, dropout=0.2)
 STILL = GPTConfig(vocab_size=12, n_positions=20, n_layer=1, n_head=2, n_embd=16)

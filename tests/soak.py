@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import data, environment, ppo, reward, tokenizer
+from nanorlhf import environment, ppo, reward, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
-from nanorlhf.runlog import RunLog
+from nanorlhf.support import data
+from nanorlhf.support.runlog import RunLog
 
 LIMIT = 2.0  # KB a step: a run of the default length would not notice, nor one a thousand times it
 EVERY = 10  # steps from one sample to the next

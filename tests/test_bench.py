@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanorlhf import bench, generate, ppo
-from nanorlhf.bench import BenchConfig, decode_bytes, measure, precision_gap, update_flops
+from nanorlhf import generate, ppo
+from nanorlhf.experiments import bench
+from nanorlhf.experiments.bench import (
+    BenchConfig,
+    decode_bytes,
+    measure,
+    precision_gap,
+    update_flops,
+)
 from nanorlhf.model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +72,10 @@ def test_the_gap_is_nothing_where_sampler_and_scorer_agree_and_shows_where_they_
 def test_one_line_of_json():
     flags = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     done = subprocess.run(
-        [sys.executable, "-m", "nanorlhf.bench", *flags], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "nanorlhf.experiments.bench", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     [line] = done.stdout.splitlines()

@@ -8,8 +8,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from nanorlhf import UserError, checkpoint
-from nanorlhf.checkpoint import load, load_state, load_tensors, save, save_state, save_tensors
+from nanorlhf import UserError
+from nanorlhf.support import checkpoint
+from nanorlhf.support.checkpoint import (
+    load,
+    load_state,
+    load_tensors,
+    save,
+    save_state,
+    save_tensors,
+)
 
 AWKWARD = {
     "matrix": torch.arange(6.0).view(2, 3),

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import UserError, config
-from nanorlhf.bench import BenchConfig
-from nanorlhf.config import autocast, find_device, fuse, parse, precision, run, setup
+from nanorlhf import UserError
 from nanorlhf.dpo import DPOConfig
 from nanorlhf.evaluate import EvaluateConfig
+from nanorlhf.experiments.bench import BenchConfig
+from nanorlhf.experiments.study import StudyConfig
 from nanorlhf.ilql import ILQLConfig
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.ppo import PPOConfig
 from nanorlhf.reward import RMConfig
 from nanorlhf.sft import SFTConfig
-from nanorlhf.study import StudyConfig
+from nanorlhf.support import config
+from nanorlhf.support.config import autocast, find_device, fuse, parse, precision, run, setup
 
 
 @dataclass
@@ -278,14 +279,14 @@ def test_a_wrong_flag_in_a_real_process_prints_one_line_and_no_traceback(tmp_pat
     script = tmp_path / "train.py"
     script.write_text(
         "from dataclasses import dataclass\n"
-        "from nanorlhf.config import run\n"
+        "from nanorlhf.support.config import run\n"
         "@dataclass\n"
         "class Config:\n"
         "    '''Train.'''\n"
         "    steps: int = 1  # updates\n"
         "run(print, Config)\n"
     )
-    root = Path(config.__file__).parents[1]
+    root = Path(config.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, script, "--stepz"],
         capture_output=True,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanorlhf import UserError
-from nanorlhf.data import (
+from nanorlhf.support.data import (
     by_length,
     collate,
     demonstrations,

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from nanorlhf import dpo, environment, reward, tokenizer
-from nanorlhf.data import collate
 from nanorlhf.dpo import DPOConfig, compare, compare_samples, dpo_loss, report, whole_logprobs
 from nanorlhf.generate import generate, responses
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.runlog import RunLog, read
+from nanorlhf.support.data import collate
+from nanorlhf.support.runlog import RunLog, read
 
 TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
 LIKED, EOS, PAD = 3, 9, 11

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nanorlhf import UserError, data, environment, tokenizer
+from nanorlhf import UserError, environment, tokenizer
 from nanorlhf.evaluate import (
     EvaluateConfig,
     choices,
@@ -21,6 +21,7 @@ from nanorlhf.generate import answer, respond
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.reward import true_reward
+from nanorlhf.support import data
 
 CFG = EvaluateConfig(device="cpu", dtype="float32", max_new_tokens=12)
 

@@ -34,7 +34,6 @@ from small_world import (
 
 from nanorlhf import ppo
 from nanorlhf.advantages import gae, grpo, reinforce, rloo
-from nanorlhf.data import collate
 from nanorlhf.dpo import dpo_loss
 from nanorlhf.evaluate import best_of_n_kl
 from nanorlhf.ilql import expectile_loss
@@ -51,7 +50,8 @@ from nanorlhf.logprobs import (
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.ppo import PPOConfig, policy_loss, shape_rewards
 from nanorlhf.reward import bradley_terry_loss
-from nanorlhf.runlog import RunLog
+from nanorlhf.support.data import collate
+from nanorlhf.support.runlog import RunLog
 
 LOGITS, REF = draw(7, V, seed=1), draw(7, V, seed=2)  # the policy and its reference
 SCORES, CRITIC = draw(15, seed=3), draw(7, seed=4)  # a critic that knows nothing

@@ -15,12 +15,13 @@ import torch
 from small_runs import ROWS, STAGES, STILL
 from test_interruptions import rows, same_bits
 
-from nanorlhf import UserError, checkpoint, dpo, ilql, ppo, reward, sft, tokenizer
-from nanorlhf.checkpoint import load_state, save_state
-from nanorlhf.config import run
+from nanorlhf import UserError, dpo, ilql, ppo, reward, sft, tokenizer
 from nanorlhf.generate import generate
 from nanorlhf.model import GPT
-from nanorlhf.runlog import RunLog, open_run, write_whole
+from nanorlhf.support import checkpoint
+from nanorlhf.support.checkpoint import load_state, save_state
+from nanorlhf.support.config import run
+from nanorlhf.support.runlog import RunLog, open_run, write_whole
 
 LOSSES = dict(
     sft=(sft, "loss"), rm=(reward, "bradley_terry_loss"), ppo=(ppo, "policy_loss"),

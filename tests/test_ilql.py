@@ -16,12 +16,12 @@ import torch
 import transformers
 
 from nanorlhf import UserError, environment, evaluate, ilql, tokenizer
-from nanorlhf.data import collate, preferences, split
 from nanorlhf.generate import answer, generate, responses
 from nanorlhf.ilql import ILQLConfig, follow, logged, losses, q_targets, score_log
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
-from nanorlhf.runlog import RunLog, read
+from nanorlhf.support.data import collate, preferences, split
+from nanorlhf.support.runlog import RunLog, read
 
 TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
 LIKED, EOS, PAD = 3, 9, 11

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 import train_ppo
-from nanorlhf import UserError, config, environment, generate, ppo, reward, sft, tokenizer
-from nanorlhf.data import collate, split
+from nanorlhf import UserError, environment, generate, ppo, reward, sft, tokenizer
 from nanorlhf.generate import sample
 from nanorlhf.logprobs import kl_k1
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.ppo import PPOConfig, collect, diagnose, policy_loss, step, summarise, update
 from nanorlhf.reward import RMConfig
-from nanorlhf.runlog import RunLog
 from nanorlhf.sft import SFTConfig
+from nanorlhf.support import config
+from nanorlhf.support.data import collate, split
+from nanorlhf.support.runlog import RunLog
 
 HERE = Path(__file__).parent
 PITFALLS = range(1, 46)
@@ -265,7 +266,7 @@ def update_of_ppo(model):
     [(update_of_sft, GPT), (update_of_reward, ScalarGPT), (update_of_ppo, GPT)],
 )
 def test_stale_gradients_do_not_reach_the_next_step(update_once, kind, monkeypatch):
-    monkeypatch.setattr("nanorlhf.checkpoint.save_state", lambda *_, **__: None)
+    monkeypatch.setattr("nanorlhf.support.checkpoint.save_state", lambda *_, **__: None)
     learnt = []
     for stale in None, 100.0:
         torch.manual_seed(0)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorlhf import memory
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.support import memory
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

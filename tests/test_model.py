@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
-from nanorlhf import UserError, checkpoint, reward
+from nanorlhf import UserError, reward
 from nanorlhf.model import GPT, GPTConfig, KVCache, ScalarGPT
+from nanorlhf.support import checkpoint
 
 TINY = GPTConfig(vocab_size=17, n_positions=12, n_layer=2, n_head=4, n_embd=16)
 

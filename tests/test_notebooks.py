@@ -82,7 +82,7 @@ def test_what_is_committed_is_small_and_clean(path):
 def test_it_copies_nothing_from_the_package(path):
     """What it shows is what runs: imported, and printed with inspect.getsource."""
     package = {}
-    for file in [*ROOT.glob("nanorlhf/*.py"), *ROOT.glob("train_*.py")]:
+    for file in [*ROOT.glob("nanorlhf/**/*.py"), *ROOT.glob("train_*.py")]:
         package |= functions(file.read_text(encoding="utf-8"))
     mine = functions("\n".join(cell.source for cell in cells(path, "code")))
     assert not mine.keys() & package.keys()

@@ -11,8 +11,9 @@ import torch
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.text import Text
 
-from nanorlhf import UserError, plotting
-from nanorlhf.plotting import (
+from nanorlhf import UserError
+from nanorlhf.support import plotting
+from nanorlhf.support.plotting import (
     COLOURS,
     curves,
     overlay,
@@ -127,8 +128,8 @@ def test_the_command_says_what_is_missing_in_one_line(tmp_path, monkeypatch, cap
 
 
 def test_importing_leaves_the_backend_to_the_caller():
-    code = "import sys, nanorlhf.plotting; sys.exit('matplotlib.pyplot' in sys.modules)"
-    root = plotting.Path(plotting.__file__).parents[1]
+    code = "import sys, nanorlhf.support.plotting; sys.exit('matplotlib.pyplot' in sys.modules)"
+    root = plotting.Path(plotting.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 

@@ -35,7 +35,7 @@ from nanorlhf.ppo import (
     update,
     value_loss,
 )
-from nanorlhf.runlog import RunLog, read
+from nanorlhf.support.runlog import RunLog, read
 
 TINY = GPTConfig(vocab_size=11, n_positions=20, n_layer=1, n_head=2, n_embd=16)
 EOS, PAD, LIKED = 9, 10, 3

@@ -15,9 +15,10 @@ import torch
 import transformers
 
 import train_sft
-from nanorlhf import UserError, evaluate, pretrained, tokenizer
+from nanorlhf import UserError, evaluate, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.sft import SFTConfig
+from nanorlhf.support import pretrained
 
 CONTENT = random.Random(0).randbytes(300_000)
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"

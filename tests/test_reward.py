@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nanorlhf import UserError, reward, tokenizer
-from nanorlhf.data import collate
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.reward import (
     RMConfig,
@@ -29,7 +28,8 @@ from nanorlhf.reward import (
     score,
     score_rows,
 )
-from nanorlhf.runlog import RunLog
+from nanorlhf.support.data import collate
+from nanorlhf.support.runlog import RunLog
 
 TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
 PAD = 11

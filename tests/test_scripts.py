@@ -10,7 +10,7 @@ import pytest
 
 from nanorlhf import reward, tokenizer
 from nanorlhf.model import GPT
-from nanorlhf.runlog import read
+from nanorlhf.support.runlog import read
 
 ROOT = Path(__file__).parents[1]
 COMMON = "--steps 3 --device cpu --dtype float32"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nanorlhf import sft
-from nanorlhf.data import collate, encode
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.runlog import RunLog, read
 from nanorlhf.sft import SFTConfig, held_out_loss, learning_rate, loss
+from nanorlhf.support.data import collate, encode
+from nanorlhf.support.runlog import RunLog, read
 
 V, EOS, PAD = 12, 10, 11
 TINY = GPTConfig(vocab_size=V, n_positions=12, n_layer=1, n_head=2, n_embd=16)

@@ -14,9 +14,11 @@ import pytest
 import torch
 from scipy import stats
 
-from nanorlhf import UserError, claims, environment, overoptimise, plotting, study, tokenizer
+from nanorlhf import UserError, environment, tokenizer
 from nanorlhf.evaluate import best_of_n, best_of_n_kl
+from nanorlhf.experiments import claims, overoptimise, study
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
+from nanorlhf.support import plotting
 
 # --- best of n ----------------------------------------------------------------------------------
 

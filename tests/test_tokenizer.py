@@ -10,9 +10,9 @@ import tiktoken
 import torch
 
 from nanorlhf import UserError
-from nanorlhf.data import collate
 from nanorlhf.model import GPTConfig, ScalarGPT
 from nanorlhf.reward import score
+from nanorlhf.support.data import collate
 from nanorlhf.tokenizer import BYTES, apply_merges, learn, load, merge_pair
 
 STORY = "the cat sat on the mat, the cat saw the other cat; it's 1999 and the cat isn't there\n" * 3

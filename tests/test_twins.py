@@ -13,8 +13,6 @@ import transformers
 
 from nanorlhf import generate, reward, tokenizer
 from nanorlhf.attention import attend_plain, causal_mask
-from nanorlhf.config import autocast, fuse
-from nanorlhf.data import collate
 from nanorlhf.logprobs import (
     entropy,
     response_logits,
@@ -24,6 +22,8 @@ from nanorlhf.logprobs import (
     token_logprobs,
 )
 from nanorlhf.model import GPT, GPTConfig, KVCache, ScalarGPT
+from nanorlhf.support.config import autocast, fuse
+from nanorlhf.support.data import collate
 
 EOS, PAD = 9, 10
 TINY = GPTConfig(vocab_size=11, n_positions=32, n_layer=2, n_head=2, n_embd=16)

@@ -16,12 +16,13 @@ from statistics import mean
 
 import numpy as np
 
-from nanorlhf import dpo, environment, plotting, ppo, reward
-from nanorlhf.config import setup
+from nanorlhf import dpo, environment, ppo, reward
+from nanorlhf.experiments.study import carry_out, grouped, run_best_of_n, start
 from nanorlhf.generate import sample_rows
 from nanorlhf.model import ScalarGPT
-from nanorlhf.runlog import RunLog
-from nanorlhf.study import carry_out, grouped, run_best_of_n, start
+from nanorlhf.support import plotting
+from nanorlhf.support.config import setup
+from nanorlhf.support.runlog import RunLog
 
 LABELS = 100, 400, 1600, 6400
 BIAS = 0.1                 # true reward that a word is worth to an annotator who likes length

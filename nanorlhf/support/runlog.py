@@ -24,8 +24,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf import UserError, parallel
-from nanorlhf.checkpoint import replacing
+from nanorlhf import UserError
+from nanorlhf.support import parallel
+from nanorlhf.support.checkpoint import replacing
 
 # How to run, not what is run:
 NOT_SETTINGS = ("out", "device", "micro_batch_size", "compile", "resume", "overwrite")

@@ -25,12 +25,13 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from nanorlhf import dpo, environment, ilql, plotting, ppo, reward, tokenizer
-from nanorlhf.config import run, setup
+from nanorlhf import dpo, environment, ilql, ppo, reward, tokenizer
 from nanorlhf.evaluate import EvaluateConfig, best_of_n, compare, score_batches
 from nanorlhf.generate import respond, sample_rows
 from nanorlhf.model import GPT, QGPT
-from nanorlhf.runlog import RunLog, open_run, write_whole
+from nanorlhf.support import plotting
+from nanorlhf.support.config import run, setup
+from nanorlhf.support.runlog import RunLog, open_run, write_whole
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """How fast is it, and how fast could it be? One PPO iteration, timed in its parts.
 
-    python -m nanorlhf.bench --n-layer 4 --n-head 4 --n-embd 256 --vocab 4096 --batch 64
-    python -m nanorlhf.bench --scale          how the cost grows with batch, length and width
+    python -m nanorlhf.experiments.bench --n-embd 256 --batch 64
+    python -m nanorlhf.experiments.bench --scale   how the cost grows with each size
 
 In: sizes. Out: one line of JSON. It times the functions that training calls, `ppo.collect` with
 `generate` in it and `ppo.update`, on models of random weights: policy, reference, reward model and
@@ -22,10 +22,11 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import generate, plotting, ppo, reward
-from nanorlhf.config import autocast, fuse, precision, run, setup
+from nanorlhf import generate, ppo, reward
 from nanorlhf.logprobs import response_logprobs, token_logprobs
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
+from nanorlhf.support import plotting
+from nanorlhf.support.config import autocast, fuse, precision, run, setup
 
 
 @dataclass

@@ -4,8 +4,8 @@ In: a run's folder, or tokens and the numbers that belong to them. Out: pictures
 which a name has the same colour everywhere. Nothing here needs a display, or touches the backend
 that a notebook has chosen: in a notebook, a figure at the end of a cell is shown.
 
-    python -m nanorlhf.plotting out/ppo              redraws one run, every metric
-    python -m nanorlhf.plotting out/ppo out/grpo     overlays several runs, in ./curves.png
+    python -m nanorlhf.support.plotting out/ppo              redraws one run, every metric
+    python -m nanorlhf.support.plotting out/ppo out/grpo     overlays several runs, in ./curves.png
 """
 
 import argparse
@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from nanorlhf import UserError
-from nanorlhf.runlog import read
+from nanorlhf.support.runlog import read
 
 INK, GREY, PALE = "#22272e", "#8a9099", "#e9eaec"
 COLOURS = dict(

@@ -33,7 +33,8 @@ from math import inf
 import numpy as np
 import torch
 
-from nanorlhf import UserError, parallel
+from nanorlhf import UserError
+from nanorlhf.support import parallel
 
 # (least, most) that make sense in a field of that name, in whichever dataclass. A class with a
 # narrower one says so in a RANGES of its own.

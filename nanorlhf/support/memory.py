@@ -17,7 +17,7 @@ activations themselves: that is measured, not reasoned.
 """
 import torch
 
-from nanorlhf.config import precision
+from nanorlhf.support.config import precision
 
 GB = 1e9
 
