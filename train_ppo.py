@@ -1,17 +1,17 @@
 """Stage 3: improve the SFT model until the reward model likes it better.
 
     python train_ppo.py                                     the built-in world
-    python train_ppo.py --reward env                        score by the truth instead
+    python train_ppo.py --reward env                        score by the true reward instead
     python train_ppo.py --reward mine.py:score              score by a function of your own
     python train_ppo.py --advantage grpo --responses 4      no critic: compare answers
     python train_ppo.py --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ppo
 """
 from nanorlhf import environment, ppo, reward, tokenizer
 from nanorlhf.evaluate import compare, held_out_prompts
-from nanorlhf.generate import answer
+from nanorlhf.generate import generate_texts
 from nanorlhf.model import GPT
-from nanorlhf.support import data, memory, parallel
-from nanorlhf.support.config import fuse, run, setup
+from nanorlhf.support import data, parallel
+from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -31,7 +31,7 @@ def main(cfg):
     tok = tokenizer.load(cfg.sft)
     for model in policy, reference:
         model.resize_vocab(tok.vocab_size).to(device)
-    critic = reward.load_beside(cfg.rm, policy, tok) if cfg.advantage == "gae" else None
+    critic = reward.load_for(cfg.rm, policy, tok) if cfg.advantage == "gae" else None
     score = reward.score_function(cfg, tok, policy)
 
     if cfg.data:
@@ -44,14 +44,11 @@ def main(cfg):
     prompts = data.encode_prompts(texts, tok, room, counts)
     print(f"prompts   {data.describe(counts)}")
     print(f"policy    {policy}, on {device}; scored by {cfg.reward}")
-    frozen = [reference, policy] if cfg.reward == "rm" else [reference]   # a reward model is alike
-    memory.tell(memory.ppo(policy, critic, frozen, prompts, cfg), device, cfg.micro_batch_size)
-    fuse(cfg.compile, *filter(None, (policy, reference, critic)))
+    compile_trunks(cfg.compile, *filter(None, (policy, reference, critic)))
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     held_out = held_out_prompts(cfg.data, cfg.eval_prompts, cfg.seed)
     shown = data.encode_prompts(held_out[:3], tok, room, data.Counter())
-    before = answer(policy, tok, shown, cfg.max_new_tokens, cfg.temperature, cfg.seed)
     log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS, decode=tok.decode)
     summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
     parallel.finish()
@@ -60,22 +57,22 @@ def main(cfg):
     if critic is not None:
         critic.save(f"{cfg.out}/critic", **tok.special)
 
-    # Did it help? The built-in world knows; elsewhere the score itself has to say.
-    judge = score if cfg.data else reward.true_reward(tok)
-    found = compare(policy, reference, tok, held_out, judge, cfg)
-    summary |= {key: found[key] for key in ("win_rate", "win_rate_low", "win_rate_high")}
-    summary["kl"] = found["kl_policy"]
+    # Did it help? The built-in world has a true reward; elsewhere only the score itself can say.
+    judge, judged = (score, "the score") if cfg.data else (reward.true_reward(tok),
+                                                           "the true reward")
+    result = compare(policy, reference, tok, held_out, judge, cfg)
+    summary |= {key: result[key] for key in ("win_rate", "win_rate_low", "win_rate_high")}
+    summary["kl"] = result["kl_policy"]
     if not cfg.data:
-        summary |= dict(gold_before=found["score_against"], gold_after=found["score_policy"])
+        summary |= dict(gold_before=result["score_against"], gold_after=result["score_policy"])
     summary = log.finish(**summary)
-    after = answer(policy, tok, shown, cfg.max_new_tokens, cfg.temperature, cfg.seed)
-    samples(cfg.out, before, after)
+    samples(cfg.out, *(generate_texts(model, tok, shown, cfg.max_new_tokens, cfg.temperature,
+                                      cfg.seed) for model in (reference, policy)))
     curves(cfg.out, PANELS)
-    judged = "the score" if cfg.data else "the true reward"
     print(f"win rate over the SFT model, by {judged}: {summary['win_rate']:.3f} (95 %: "
           f"{summary['win_rate_low']:.3f} to {summary['win_rate_high']:.3f}), "
           f"at {summary['kl']:.1f} nats a response, after {summary['seconds']:.0f} s")
-    print(f"{judged}: {found['score_against']:.2f} before, {found['score_policy']:.2f} after; "
+    print(f"{judged}: {result['score_against']:.2f} before, {result['score_policy']:.2f} after; "
           f"see {cfg.out}/curves.png and samples.md")
     print(f"next: python -m nanorlhf.evaluate --policy {cfg.out} --against {cfg.sft}")
 

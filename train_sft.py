@@ -6,10 +6,10 @@
     python train_sft.py --data hh.jsonl.gz --init gpt2 --learning-rate 5e-5 --out out/hh-gpt2
 """
 from nanorlhf import environment, sft, tokenizer
-from nanorlhf.generate import answer
+from nanorlhf.generate import generate_texts
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.support import data, memory, parallel
-from nanorlhf.support.config import fuse, run, setup
+from nanorlhf.support import data, parallel
+from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -43,14 +43,13 @@ def main(cfg):
     rows = data.encode(train, tok, block_size, counts)
     print(f"data      {data.describe(counts)}")
     print(f"model     {model}, on {device}")
-    memory.tell(memory.sft(model, rows, cfg), device, cfg.micro_batch_size)
-    fuse(cfg.compile, model)
+    compile_trunks(cfg.compile, model)
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     length = min(block_size // 2, 128)
     prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
     prompts = data.encode_prompts(prompts, tok, block_size - length, data.Counter())
-    before = answer(model, tok, prompts, length, seed=cfg.seed)
+    before = generate_texts(model, tok, prompts, length, seed=cfg.seed)
     log = RunLog(cfg.out, max(1, cfg.steps // 20), ("loss", "held_out_loss", "lr"), tok.decode)
     held_out_rows = data.encode(held_out, tok, block_size, counts)
     summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
@@ -59,7 +58,7 @@ def main(cfg):
     model.save(cfg.out, **tok.special)
     tok.save(cfg.out)
     summary = log.finish(**summary)
-    samples(cfg.out, before, answer(model, tok, prompts, length, seed=cfg.seed))
+    samples(cfg.out, before, generate_texts(model, tok, prompts, length, seed=cfg.seed))
     curves(cfg.out, PANELS)
     print(f"held-out loss {summary['loss']:.3f} nats a token, "
           f"perplexity {summary['perplexity']:.2f}, after {summary['seconds']:.0f} s; "

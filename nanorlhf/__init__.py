@@ -19,6 +19,4 @@ Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dim
     T  = P + R            D  = C / H, channels of a head
 """
 
-
-class UserError(Exception):
-    """A mistake that the user can mend, said in a sentence: what was expected, what came, where."""
+from nanorlhf.support import UserError  # noqa: F401

@@ -1,14 +1,16 @@
 """How much better than expected was it? One question, four answers.
 
-    gae                    (B, R)  token by token, with a critic's help
-    reinforce, rloo, grpo  (B,)    one number a response, no critic
+    gae                    (B, R)  token by token, with the help of a critic
+    reinforce, rloo, grpo  (B,)    one number for each response, no critic
 """
 import torch
+from torch import Tensor
 
 from nanorlhf.logprobs import masked
 
 
-def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
+        lam: float = 0.95) -> Tensor:
     """A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t
 
     Generalised advantage estimation (Schulman et al. 2016, eq. 16).
@@ -24,28 +26,40 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return masked(advantages, mask)
 
 
-def reinforce(scores):
-    """Each score against the mean of the batch (Williams 1992, with a baseline). (B,) -> (B,)"""
+def reinforce(scores: Tensor) -> Tensor:
+    """Each score minus the mean of the batch (Williams 1992, with a baseline). (B,) -> (B,)"""
     return scores - scores.mean()
 
 
-def rloo(scores, G):
-    """Each score against the mean of the other G - 1 responses to the same prompt: an unbiased
-    baseline (Kool et al. 2019; Ahmadian et al. 2024, eq. 7). Rows of a prompt stand together.
+def rloo(scores: Tensor, G: int) -> Tensor:
+    """Each score minus the mean of the other G - 1 responses to the same prompt: a baseline that
+    does not bias the gradient (Kool et al. 2019; Ahmadian et al. 2024, eq. 7).
 
-    (B,) -> (B,)
+    (B,) -> (B,); the G rows of a prompt stand together
     """
     groups = scores.view(-1, G)
     baseline = (groups.sum(1, keepdim=True) - groups) / (G - 1)
     return (groups - baseline).flatten()
 
 
-def grpo(scores, G):
+def grpo(scores: Tensor, G: int) -> Tensor:
     """Each score in standard deviations of its prompt's G responses (Shao et al. 2024, 4.1.2).
 
-    Dividing by the deviation is what makes it biased: prompts on which all responses are nearly
-    alike count as much as the others. (B,) -> (B,)
+    The division makes it biased: prompts to which all responses are nearly alike count as much as
+    the others. (B,) -> (B,); the G rows of a prompt stand together
     """
     groups = scores.view(-1, G)
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def of_responses(method: str, scores: Tensor, penalty: Tensor, G: int) -> Tensor:
+    """The advantage of each response under a KL penalty, by reinforce, rloo or grpo. (B,) -> (B,)
+
+    GRPO divides by the deviation of the scores alone, and the penalty is subtracted as it is (as in
+    the loss of Shao et al. 2024, eq. 3). Were it divided too, it would come out about 1 wherever
+    the scores of a group are equal, whatever its coefficient.
+    """
+    if method == "grpo":
+        return grpo(scores, G) - rloo(penalty, G)
+    return reinforce(scores - penalty) if method == "reinforce" else rloo(scores - penalty, G)

@@ -1,112 +1,72 @@
 """Did it help? Win rate of one model against another on prompts that neither has seen.
 
-    python -m nanorlhf.evaluate --policy out/ppo --against out/sft               judged by the truth
+    python -m nanorlhf.evaluate --policy out/ppo --against out/sft     judged by the true reward
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft --judge out/rm
-    python -m nanorlhf.evaluate --policy out/ppo --against out/sft --judge choices.jsonl
-    python -m nanorlhf.evaluate frontier                 studies of many runs: see study.py
+    python -m nanorlhf.evaluate --judge choices.jsonl                  judged by people
 
 In: two models and a judge. Out: the share of prompts on which the first is preferred, with its 95 %
-interval, and beside it what a win can cost: KL, length, diversity, perplexity.
+interval, and beside it what a win may have cost: KL, length, diversity, perplexity.
 
 A file of choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are
 responses of the policy and of the model to beat, and choice is "first", "second" or "tie".
 """
-import importlib
 import math
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from nanorlhf import UserError, environment, reward, tokenizer
-from nanorlhf.generate import respond
+from nanorlhf import environment, reward, tokenizer
+from nanorlhf.generate import generate_rows
 from nanorlhf.logprobs import kl_k1, masked, response_logprobs
 from nanorlhf.model import GPT
-from nanorlhf.support import data
-from nanorlhf.support.config import autocast, run, setup
+from nanorlhf.support import UserError, data
+from nanorlhf.support.config import ComputeConfig, autocast, run, setup
+from nanorlhf.support.data import collate, in_parts
 from nanorlhf.support.runlog import RunLog, open_run
-
-# Studies of many runs, and where they are: above this file, as they are made of it.
-STUDIES = dict(frontier="study", knobs="study", overoptimise="overoptimise",
-               claims="claims")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(ComputeConfig):
     """Compare two models on held-out prompts."""
     policy: str = "out/ppo"           # the model to judge
     against: str = "out/sft"          # the model to beat; KL and perplexity are taken under it
-    judge: str = "env"        # env (the truth), a reward model's folder, a file of choices
+    judge: str = "env"        # env (the true reward), a reward model's folder, a file of choices
     out: str = ""                     # a folder for summary.json; none: the screen alone
     data: list[str] = field(default_factory=list)  # files of prompts; their held-out part
     prompts: int = 500                # how many
     temperature: float = 1.0          # of sampling
     max_new_tokens: int = 80          # longest response
-    seed: int = 1                     # of prompts and sampling
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
-    overwrite: bool = False           # replace the summary of other models
+    micro_batch_size: int = 0         # responses in memory at once; 0: as many as is fast
 
 
-@torch.no_grad()
-def score_batches(score, batches, dtype):
-    """score: (tokens, prompt_len, mask) -> (B,). -> list of floats, one a response"""
-    scores = []
-    for tokens, prompt_len, mask in batches:
-        with autocast(tokens.device, dtype):
-            scores += score(tokens, prompt_len, mask).tolist()
-    return scores
-
-
-def win_rate(scores, against):
+def win_rate(scores: list[float], against: list[float]) -> tuple[float, float, float]:
     """Share of prompts on which the first scores higher; a tie is half a win. -> rate, low, high"""
     wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(scores, against, strict=True))
     return wins / len(scores), *reward.interval(wins, len(scores))
 
 
-def best_of_n_kl(n):
-    """KL(best of n samples || one sample) in nats, log n - (n - 1) / n, whatever the model.
-
-    Exact where no two responses score the same, and an upper bound else (Stiennon et al. 2020,
-    appendix G.3; Beirami et al. 2024).
-    """
-    return math.log(n) - (n - 1) / n
-
-
-def best_of_n(scores, n):
-    """How likely each response of a pool is the best of n drawn from it; ties share.
-
-    With it, what best-of-n earns is an average over the pool, and its KL is one too, of
-    log(N * probability): the estimate that best_of_n_kl can be held to. scores (P, N) -> (P, N)
-    """
-    pairs = scores[:, :, None], scores[:, None, :]
-    below, up_to = (compared.double().mean(2) for compared in (pairs[1] < pairs[0],
-                                                               pairs[1] <= pairs[0]))
-    tied = (up_to - below) * scores.shape[1]
-    return (up_to ** n - below ** n) / tied
-
-
 @torch.no_grad()
-def describe(model, reference, batches, texts, cfg):
-    """What a response is like. -> {name: float}; kl in nats a response, length in tokens"""
+def describe(model: GPT, reference: GPT, rows: list, tok, cfg) -> dict:
+    """What responses are like: kl in nats a response, length in tokens, perplexity, diversity."""
     kl = length = surprise = 0
-    for tokens, prompt_len, mask in batches:
-        R = mask.shape[1]
-        with autocast(tokens.device, cfg.dtype):
-            logprobs = response_logprobs(model, tokens, prompt_len, R, cfg.temperature)
-            ref_logprobs = response_logprobs(reference, tokens, prompt_len, R, cfg.temperature)
+    for part in in_parts(rows, cfg.micro_batch_size or 64):
+        tokens, prompt_len, mask = collate(part, tok.pad, model.device)
+        with autocast(model.device, cfg.dtype):
+            logprobs, ref_logprobs = (
+                response_logprobs(m, tokens, prompt_len, mask.shape[1], cfg.temperature)
+                for m in (model, reference))
         kl += masked(kl_k1(logprobs, ref_logprobs), mask).sum().item()
         surprise -= masked(ref_logprobs, mask).sum().item()
         length += mask.sum().item()
-    return dict(kl=kl / len(texts), response_len=length / len(texts),
+    texts = [tok.decode(tokens[n:]) for tokens, n in rows]
+    return dict(kl=kl / len(rows), response_len=length / len(rows),
                 perplexity=math.exp(surprise / length), distinct_1=distinct(texts, 1),
                 distinct_2=distinct(texts, 2))
 
 
-def distinct(texts, n):
+def distinct(texts: list[str], n: int) -> float:
     """Share of n-grams of words that differ from all others: low where a model has one answer to
     everything (Li et al. 2016)."""
     grams = Counter(gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n))))
@@ -125,22 +85,22 @@ def choices(path):
     return first, second
 
 
-def compare(policy, against, tok, prompts, judge, cfg):
-    """Both models answer the prompts (texts); who is preferred, and what each is like. -> summary
+def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> dict:
+    """Both models answer the prompts; which is preferred, and what each is like. -> summary
 
-    judge: a score function (tokens, prompt_len, mask) -> (B,)
+    judge: a score function (tokens, prompt_len, mask) -> (B,); the same cfg.seed gives the same
+    responses again
     """
     room = policy.config.n_positions - cfg.max_new_tokens
-    rows = data.encode_prompts(prompts, tok, room, Counter())
-    summary, scores = {}, []
+    encoded = data.encode_prompts(prompts, tok, room, Counter())
+    summary, scores, rng = {}, [], torch.Generator().manual_seed(cfg.seed)
     for name, model in ("policy", policy), ("against", against):
-        # 64 at a time, for `describe` holds the logits: 0.6 GB with GPT-2's vocabulary.
-        batches, texts = respond(model, tok, rows, cfg.max_new_tokens, cfg.temperature, 64,
-                                 cfg.dtype)
-        scores.append(score_batches(judge, batches, cfg.dtype))
-        numbers = describe(model, against, batches, texts, cfg)
-        numbers = dict(score=sum(scores[-1]) / len(rows), **numbers)
-        summary |= {f"{key}_{name}": x for key, x in numbers.items()}
+        rows = generate_rows(model, encoded, cfg.max_new_tokens, tok.eos, tok.pad, cfg.temperature,
+                             batch_size=cfg.micro_batch_size, dtype=cfg.dtype, rng=rng)
+        scores.append(reward.score_rows(judge, rows, tok.pad, model.device, cfg.dtype).tolist())
+        metrics = describe(model, against, rows, tok, cfg)
+        metrics = dict(score=sum(scores[-1]) / len(rows), **metrics)
+        summary |= {f"{key}_{name}": x for key, x in metrics.items()}
     rate, low, high = win_rate(*scores)
     return dict(win_rate=rate, win_rate_low=low, win_rate_high=high) | summary
 
@@ -169,7 +129,7 @@ def main(cfg):
     if cfg.judge == "env":
         judge = reward.true_reward(tok)
     else:
-        judge = reward.by_model(reward.load_beside(cfg.judge, policy, tok))
+        judge = reward.by_model(reward.load_for(cfg.judge, policy, tok))
     prompts = held_out_prompts(cfg.data, cfg.prompts, cfg.seed)
     summary = compare(policy, against, tok, prompts, judge, cfg)
     print(f"win rate {summary['win_rate']:.3f} (95 %: {summary['win_rate_low']:.3f} to "
@@ -184,9 +144,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in STUDIES:
-        name = sys.argv.pop(1)
-        study = getattr(importlib.import_module(f"nanorlhf.experiments.{STUDIES[name]}"), name)
-        importlib.import_module("nanorlhf.experiments.study").main(study)
-    else:
-        run(main, EvaluateConfig)
+    run(main, EvaluateConfig)

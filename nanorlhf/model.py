@@ -1,10 +1,10 @@
-"""GPT-2's architecture by hand: one trunk, three heads.
+"""GPT-2's architecture, written by hand: one trunk, three heads.
 
-    GPT        tokens (B, T) -> logits (B, T, V)     what comes next
-    ScalarGPT  tokens (B, T) -> (B, T)               how good so far: reward models, critics
-    QGPT       tokens (B, T) -> logits (B, T, V)     what comes next, tilted to what pays (ILQL)
+    GPT        tokens (B, T) -> logits (B, T, V)     language models: what comes next?
+    ScalarGPT  tokens (B, T) -> (B, T)               reward models and critics: how good so far?
+    QGPT       tokens (B, T) -> logits (B, T, V)     ILQL: what comes next, and is it worth it?
 
-Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's weights load, and
+Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's weights load here, and
 what is saved here opens in other libraries as GPT-2.
 """
 import copy
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-from nanorlhf import UserError
-from nanorlhf.attention import attend, causal_mask
-from nanorlhf.support import checkpoint, pretrained
+from nanorlhf.attention import attend
+from nanorlhf.support import UserError, pretrained
 
 
 @dataclass
@@ -36,7 +36,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every position seen so far, allocated once. k, v: L x (B, H, S, D)"""
+    """Keys and values of all positions so far, allocated once. k, v: one (B, H, S, D) a layer"""
 
     def __init__(self, config, B, S, device, dtype):
         shape = (B, config.n_head, S, config.n_embd // config.n_head)
@@ -45,13 +45,13 @@ class KVCache:
         self.rows = torch.arange(B, device=device)[:, None]                              # (B, 1)
 
     def update(self, layer, k, v, positions):
-        """Write k, v (B, H, T, D) at positions (B, T); -> everything cached, (B, H, S, D) twice."""
+        """Write k, v (B, H, T, D) at positions (B, T). -> all keys and values: 2 (B, H, S, D)"""
         self.k[layer][self.rows, :, positions] = k.transpose(1, 2).to(self.k[layer].dtype)
         self.v[layer][self.rows, :, positions] = v.transpose(1, 2).to(self.v[layer].dtype)
         return self.k[layer], self.v[layer]
 
     def keep(self, rows):
-        """Go on with these rows: bool, or indices, of which one may stand there several times."""
+        """Keep these rows only. rows: a bool mask, or indices (which may repeat)"""
         self.k, self.v = ([x[rows] for x in cached] for cached in (self.k, self.v))
         self.rows = torch.arange(len(self.k[0]), device=self.rows.device)[:, None]
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The trunk that both heads share. tokens (B, T) -> hidden (B, T, C)"""
+    """The trunk that every head reads. tokens (B, T) -> hidden (B, T, C)"""
 
     def __init__(self, config):
         super().__init__()
@@ -118,15 +118,15 @@ class Transformer(nn.Module):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.1)
 
-    def forward(self, tokens, cache=None, positions=None):
-        """With a cache, tokens (B, T) stand at positions (B, T) and see what was cached before."""
+    def forward(self, tokens: Tensor, cache: KVCache | None = None,
+                positions: Tensor | None = None) -> Tensor:
+        """With a cache, tokens (B, T) stand at positions (B, T) and also see what was cached."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        if cache is None:
-            mask = causal_mask(tokens.shape[1], tokens.device)                           # (T, T)
-        else:
+        mask = None                                                                   # causal
+        if cache is not None:
             S = cache.k[0].shape[2]
             mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
         for block in self.h:
@@ -134,9 +134,9 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
-class _Pretrained(nn.Module):
-    """Saving and loading, the same for both heads, in Hugging Face's GPT-2 layout."""
-    fused = False       # by config.fuse: then a new shape is dear, as it waits for the compiler
+class PretrainedModel(nn.Module):
+    """What all heads share: saving and loading, in the layout of Hugging Face's GPT-2."""
+    compiled = False    # by config.compile_trunks: then each new shape waits for the compiler
 
     def __init__(self, config):
         super().__init__()
@@ -152,53 +152,36 @@ class _Pretrained(nn.Module):
         return (f"{c.n_layer} layers x {c.n_embd}, {size / 1e6:.2f} M parameters, "
                 f"vocabulary {c.vocab_size:,}")
 
-    def save(self, folder, **extra):
+    def save(self, folder: str | Path, **extra):
         """Write config.json and model.safetensors; extra goes into config.json."""
-        config = asdict(self.config)
-        dropout = config.pop("dropout")
-        config = {"architectures": [self.architecture], "model_type": "gpt2",
-                  "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, **config,
-                  "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0, **extra}
-        checkpoint.save(folder, config, {name: _stored(name, w).contiguous().cpu()
-                                         for name, w in self.state_dict().items()})
+        pretrained.save(folder, self.architecture, asdict(self.config), self.state_dict(), **extra)
 
     @classmethod
-    def load(cls, folder, dropout=0.0, fresh_head=True):
-        """The model saved in a folder, or published by the name "gpt2", "gpt2-medium" and so on, in
-        eval mode. A scalar head that the folder lacks keeps its fresh start, unless told not to:
-        that is how a reward model begins from a language model. Never the other way round.
+    def load(cls, folder: str | Path, dropout: float = 0.0, fresh_head: bool = True):
+        """The model in a folder, or GPT-2 by the name "gpt2", "gpt2-medium" and so on; eval mode.
+
+        A scalar head that the folder lacks stays newly initialised, unless fresh_head is False:
+        that is how a reward model starts from a language model. Never the other way round.
+        Raises UserError where the folder holds no model of this kind.
         """
-        if folder in pretrained.PUBLISHED:
-            folder = pretrained.fetch(folder)
-        config, tensors = checkpoint.load(folder)
-        path = Path(folder) / "config.json"
-        _check_kind(config, tensors, path)
-        if cls is GPT and config.get("architectures") == [QGPT.architecture]:
-            cls, fresh_head = QGPT, False     # a policy, too: whoever asks for one gets it whole
-        # Published GPT-2 files name the trunk's weights without the prefix.
-        bare = "wte.", "wpe.", "h.", "ln_f."
-        tensors = {f"transformer.{name}" if name.startswith(bare) else name: _stored(name, w)
-                   for name, w in tensors.items()}
-        if issubclass(cls, GPT) and "score.weight" in tensors:
-            raise UserError(f"{folder}: expected a language model, came one with a scalar head: a "
-                            "reward model or a critic")
-        shape = _shape(config, dropout, len(tensors), path)
-        with torch.device("meta"):       # a stranger's config.json may ask for any size: not yet
-            shapes = {name: tuple(w.shape) for name, w in cls(shape).state_dict().items()}
-        if fresh_head:
-            shapes = {name: size for name, size in shapes.items()
-                      if name in tensors or name.startswith("transformer.")}
-        _check_shapes(tensors, shapes, shape.n_layer, folder)
+        config, tensors = pretrained.load(folder)
+        if cls is GPT and config["architectures"] == [QGPT.architecture]:
+            cls, fresh_head = QGPT, False                 # it is a policy as well
+        shape = GPTConfig(**pretrained.sizes(config, len(tensors), folder), dropout=dropout)
+        with torch.device("meta"):       # no memory yet: a stranger's config may ask for any size
+            expected = cls(shape).state_dict()
+        pretrained.check(tensors, expected, "transformer." if fresh_head else "", folder)
         model = cls(shape)
-        model.load_state_dict({name: tensors[name] for name in shapes}, strict=False)
+        model.load_state_dict(tensors, strict=False)
         return model.eval()
 
     @torch.no_grad()
-    def resize_vocab(self, n):
-        """Grow the vocabulary to n tokens, for GPT-2 as published knows no pad token. -> self
+    def resize_vocab(self, n: int):
+        """Grow the vocabulary to n tokens: GPT-2 as published has no pad token. -> self
 
-        A new row is the mean of the old ones, so its logit is their mean, and its probability below
-        1 / V. A row of zeros has logit 0: GPT-2's real logits are about -35, so it would win all.
+        A new row is the mean of the old ones. So its logit is the mean of their logits, and its
+        probability is below 1 / V. A row of zeros would have logit 0, where the others of GPT-2
+        have about -35: it would be chosen every time.
         """
         rows = self.transformer.wte.weight
         if n < len(rows):
@@ -210,63 +193,20 @@ class _Pretrained(nn.Module):
         return self
 
 
-def _check_kind(config, tensors, path):
-    """GPT-2's family has members that this code is not: their weights would load, and lie."""
-    expected = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                    add_cross_attention=False)
-    for name, value in expected.items():
-        if config.get(name, value) != value:
-            raise UserError(f"{path}: expected {name} {value}, came {config[name]}")
-    head, embedding = (tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise UserError(f"{path}: expected a language head tied to the embedding, came another")
-
-
-def _shape(config, dropout, most, path):
-    """config.json -> GPTConfig, if its numbers are numbers and `most` tensors could be as many
-    layers."""
-    numbers = {}
-    for name in "vocab_size", "n_positions", "n_layer", "n_head", "n_embd":
-        if name not in config:
-            raise UserError(f"{path} is no GPT-2 configuration: it has no '{name}'")
-        n, limit = config[name], most if name == "n_layer" else 2**24
-        if type(n) is not int or not 1 <= n <= limit:
-            raise UserError(f"{path}: expected {name} from 1 to {limit}, came {n!r:.60}")
-        numbers[name] = n
-    return GPTConfig(**numbers, dropout=dropout)
-
-
-def _check_shapes(tensors, expected, n_layer, folder):
-    for name, shape in expected.items():
-        if name not in tensors:
-            kind = "reward model" if name == "score.weight" else f"GPT-2 model of {n_layer} layers"
-            raise UserError(f"{folder} holds no weight {name}; expected a {kind}")
-        if tensors[name].shape != shape:
-            raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json asks "
-                            f"for {shape}")
-
-
-def _stored(name, weight):
-    """GPT-2 keeps the weights of its linear layers as (in, out), PyTorch as (out, in)."""
-    transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return weight.t() if transposed and weight.dim() == 2 else weight
-
-
-class GPT(_Pretrained):
+class GPT(PretrainedModel):
     """A language model. tokens (B, T) -> logits (B, T, V)"""
     architecture = "GPT2LMHeadModel"
 
-    def head(self, hidden):
+    def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V); the embedding matrix read backwards."""
         return F.linear(hidden, self.transformer.wte.weight)
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.transformer(tokens))
 
 
-class ScalarGPT(_Pretrained):
-    """One number a position, having read everything up to it. tokens (B, T) -> (B, T)"""
+class ScalarGPT(PretrainedModel):
+    """One number for each position, from all tokens up to it. tokens (B, T) -> (B, T)"""
     architecture = "GPT2ForSequenceClassification"
 
     def __init__(self, config):
@@ -277,20 +217,21 @@ class ScalarGPT(_Pretrained):
     def save(self, folder, **extra):
         super().save(folder, num_labels=1, **extra)
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         return wide(self.score(self.transformer(tokens)).squeeze(-1))
 
 
-def wide(x):
-    """Scores and values in float32 or better: bfloat16 has two or three digits."""
+def wide(x: Tensor) -> Tensor:
+    """x in float32 or better, for scores and values: bfloat16 has only two or three digits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class QGPT(GPT):
-    """A language model that weighs each token by its worth. tokens (B, T) -> logits (B, T, V)
+    """A language model that prefers tokens of high value. tokens (B, T) -> logits (B, T, V)
 
-    The trunk says what is usual; two Q heads and a V head say what is gained by it. `beta`, saved
-    with the weights, is the trade: 0 is the language model itself (Snell et al. 2022, section 5).
+    V(s) is the expected score after the text s, Q(s, a) the same if token a follows. Two Q heads
+    and a V head read the trunk of a language model, and its logits rise by beta (Q - V). beta = 0
+    is the language model itself (Snell et al. 2022, section 5); beta is saved with the weights.
     """
     architecture = "QGPT"
 
@@ -302,19 +243,22 @@ class QGPT(GPT):
         self.register_buffer("beta", torch.ones(()))
 
     def save(self, folder, **extra):
-        # Not "gpt2": another library would find the trunk, drop the heads, and say nothing.
+        # Not "gpt2": another library would load the trunk and leave the heads out without a word.
         super().save(folder, model_type="qgpt", **extra)
 
-    def head(self, hidden):
-        """log pi + beta (Q - V), up to a constant. V shifts all tokens alike: it changes nothing
-        but keeps the logits near those of the language model. hidden (..., C) -> logits (..., V)"""
+    def head(self, hidden: Tensor) -> Tensor:
+        """log pi + beta (Q - V), up to a constant. hidden (..., C) -> logits (..., V)
+
+        V is the same for all tokens, so it changes no probability; it keeps the logits near those
+        of the language model. Of two Q heads the lower counts, as Q tends to be too high.
+        """
         gain = torch.minimum(*(q(hidden) for q in self.target_q)) - self.v(hidden)
         return super().head(hidden) + self.beta * wide(gain)
 
 
 def _value_head(C, outputs):
-    """Two layers, as a linear readout of a trunk that was trained for words says too little of
-    worth. It starts at 0: nothing is better than anything else."""
+    """Two layers: the trunk was trained to predict words, and one linear layer on it says too
+    little about values. Starts at 0: no token is better than another."""
     head = nn.Sequential(nn.Linear(C, 2 * C), nn.ReLU(), nn.Linear(2 * C, outputs))
     nn.init.zeros_(head[2].weight)
     nn.init.zeros_(head[2].bias)

@@ -1,23 +1,24 @@
-"""Imitate: cross-entropy on the response, the end token included (Ouyang et al. 2022, section 3.5).
+"""Supervised fine-tuning: raise the probability of responses that somebody wrote.
 
-A record that is plain text has no prompt, so every one of its tokens is trained on: pretraining is
-this same file. In: a GPT and rows (tokens, prompt_len). Out: the GPT, better.
+The loss is the cross-entropy of the response, the end token included (Ouyang et al. 2022, section
+3.5). A record that is plain text has no prompt, so every one of its tokens is trained on:
+pretraining is this same file. In: a GPT and rows (tokens, prompt_len). Out: the GPT, better.
 """
 import math
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
 
 import torch
+from torch import Tensor
 
 from nanorlhf.logprobs import masked_mean, response_logprobs
-from nanorlhf.support import checkpoint, parallel
-from nanorlhf.support.config import autocast
-from nanorlhf.support.data import collate, endless, in_parts
+from nanorlhf.model import GPT
+from nanorlhf.support import loop
+from nanorlhf.support.config import TrainConfig, autocast
+from nanorlhf.support.data import collate, in_parts
 
 
 @dataclass
-class SFTConfig:
+class SFTConfig(TrainConfig):
     """Teach a GPT to imitate demonstrations, or pretrain it on plain text."""
     out: str = "out/sft"              # the run folder
     data: list[str] = field(default_factory=list)  # files of records; none: the built-in world
@@ -29,92 +30,58 @@ class SFTConfig:
     n_head: int = 4                   # attention heads
     n_embd: int = 128                 # channels
     block_size: int = 160             # longest sequence, in tokens
-    dropout: float = 0.0          # worth having where data is scarce
+    dropout: float = 0.0              # useful where data is scarce
     steps: int = 1000                 # updates
     batch_size: int = 16              # sequences an update; many small steps beat few large ones
-    micro_batch_size: int = 0         # sequences in memory at once, same result; 0: no limit
-    learning_rate: float = 2e-3       # peak, after the warm-up
-    warmup: int = 100                 # steps of linear warm-up; a cosine to a tenth follows
-    weight_decay: float = 0.01        # on matrices; biases and LayerNorms go free
-    grad_clip: float = 1.0            # longest gradient step
-    seed: int = 1                     # of weights, data order and built-in authors
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
-    compile: bool = False             # fuse with torch.compile: a long start, faster steps
+    learning_rate: float = 2e-3       # peak, after the warm-up; a cosine to a tenth follows
+    warmup: int = 100                 # steps over which the learning rate rises from zero
+    weight_decay: float = 0.01        # on matrices; none on biases and LayerNorms
     save_every: int = 500             # steps between saves that --resume continues from
-    resume: bool = False              # go on from the last save
-    overwrite: bool = False           # replace a run of other settings
 
 
-def loss(model, tokens, prompt_len, mask):
+def loss(model: GPT, tokens: Tensor, prompt_len: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy of the response tokens, in nats. tokens (B, T), mask (B, R) -> scalar"""
     return -masked_mean(response_logprobs(model, tokens, prompt_len, mask.shape[1]), mask)
 
 
-def learning_rate(step, cfg):
-    """Linear warm-up, then a cosine down to a tenth of the peak."""
-    if step < cfg.warmup:
-        return cfg.learning_rate * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+def train(model: GPT, rows: list, held_out: list, pad: int, cfg: SFTConfig, log) -> dict:
+    """Imitate rows of (tokens, prompt_len), as data.encode makes them. -> summary"""
+    parts = dict(model=model, optimizer=make_optimizer(model, cfg))
+    state = dict(step=0, tokens=0)
+
+    def loss_fn(rows):
+        cross_entropy = loss(model, *collate(rows, pad, model.device))
+        return cross_entropy, dict(loss=cross_entropy)
+
+    for batch in loop.batches(rows, cfg.steps, parts, loop.cosine, cfg, log, state):
+        model.train()
+        metrics, done = loop.step(loss_fn, batch, response_len, parts, cfg), state["step"] + 1
+        if done % cfg.save_every == 0 or done == cfg.steps:
+            metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg)
+        log.batch, state["tokens"] = batch, state["tokens"] + response_len(batch)
+        log.write(state["step"], **metrics)
+    final = held_out_loss(model, held_out, pad, cfg)
+    return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=state["tokens"])
 
 
-def make_optimizer(model, cfg):
+def response_len(rows: list) -> int:
+    """The tokens that the loss is a mean over."""
+    return sum(len(tokens) - prompt_len for tokens, prompt_len in rows)
+
+
+def make_optimizer(model: GPT, cfg: SFTConfig) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    return torch.optim.AdamW([dict(params=matrices, weight_decay=cfg.weight_decay),
-                              dict(params=others, weight_decay=0.0)],
-                             lr=cfg.learning_rate, betas=(0.9, 0.95), fused=True)
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return loop.adamw([dict(params=matrices, weight_decay=cfg.weight_decay),
+                       dict(params=vectors, weight_decay=0.0)], cfg.learning_rate)
 
 
 @torch.no_grad()
-def held_out_loss(model, rows, pad, batch_size, dtype):
+def held_out_loss(model: GPT, rows: list, pad: int, cfg: SFTConfig) -> float:
     """Cross-entropy over held-out rows, each token counted once. -> nats a token"""
     model.eval()
-    total = count = 0
-    for part in in_parts(rows, batch_size):
-        tokens, prompt_len, mask = collate(part, pad, model.device)
-        with autocast(model.device, dtype):
-            total += loss(model, tokens, prompt_len, mask).item() * mask.sum().item()
-        count += mask.sum().item()
-    return total / count
-
-
-def train(model, rows, held_out, pad, cfg, log):
-    """Imitate rows of (tokens, prompt_len), as data.encode makes them. -> summary"""
-    optimizer = make_optimizer(model, cfg)
-    parts, seen = dict(model=model, optimizer=optimizer), dict(step=0, tokens=0)
-    if cfg.resume:
-        seen = checkpoint.load_state(cfg.out, parts)
-    batches = endless(rows, cfg.batch_size, cfg.seed, seen["step"])
-    measure = partial(held_out_loss, model, held_out, pad, cfg.batch_size, cfg.dtype)
-    final = None
-
-    for step in log.steps(seen["step"], cfg.steps):
-        model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        optimizer.zero_grad()
-        batch, metrics = next(batches), dict(loss=0.0)
-        targets = sum(len(tokens) - prompt_len for tokens, prompt_len in batch)
-        for rows in parallel.parts(batch, cfg.micro_batch_size):
-            tokens, prompt_len, mask = collate(rows, pad, model.device)
-            with autocast(model.device, cfg.dtype):
-                part = loss(model, tokens, prompt_len, mask) * mask.sum() / targets
-            part.backward()
-            metrics["loss"] += part.detach()
-        metrics = parallel.total(metrics)
-        grad_norm = parallel.clip_gradients(model, cfg.grad_clip)
-        optimizer.step()
-
-        seen = dict(step=step + 1, tokens=seen["tokens"] + targets)
-        metrics |= dict(lr=learning_rate(step, cfg), grad_norm=grad_norm)
-        if seen["step"] % cfg.save_every == 0 or seen["step"] == cfg.steps:
-            final = metrics["held_out_loss"] = measure()
-        log.batch = batch
-        log.write(step, **metrics)
-        if log.due(seen["step"], cfg.save_every):
-            checkpoint.save_state(cfg.out, parts, **seen)
-    if final is None:       # nothing was left to do
-        final = measure()
-    return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=seen["tokens"])
+    total = 0.0
+    for part in in_parts(rows, cfg.micro_batch_size or cfg.batch_size):
+        with autocast(model.device, cfg.dtype):
+            total += loss(model, *collate(part, pad, model.device)).item() * response_len(part)
+    return total / response_len(rows)

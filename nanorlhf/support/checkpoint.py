@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import UserError
+from nanorlhf.support import UserError
 
 DTYPES = dict(
     F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
@@ -51,28 +51,28 @@ def load(folder):
 
 
 def save_state(folder, parts, **numbers):
-    """What resuming needs: parts ({name: model or optimizer}), numbers, random numbers."""
+    """What resuming needs: parts ({name: model or optimizer}), numbers, and the random state."""
     for name, part in parts.items():
         weights = part.parameters() if isinstance(part, torch.nn.Module) else ()
         if not all(w.isfinite().all() for w in weights):
-            raise UserError(f"the {name} has weights that are no finite numbers, so {folder} keeps "
-                            "the save before: a lower --learning-rate is the usual cure")
+            raise UserError(f"the {name} has weights that are not finite numbers, so {folder} keeps"
+                            " the save before: a lower --learning-rate is the usual remedy")
     state = {name: part.state_dict() for name, part in parts.items()}
     with replacing(Path(folder) / "state.pt") as file:
-        dice = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
-        torch.save(dict(state, numbers=numbers, random=dice), file)
+        rng = dict(cpu=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all())
+        torch.save(dict(state, numbers=numbers, random=rng), file)
 
 
 def load_state(folder, parts):
-    """Put the parts and the random numbers back where save_state found them. -> its numbers"""
+    """Put the parts and the random state back where save_state found them. -> its numbers"""
     path = Path(folder) / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # refuses to run code
         for name, part in parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["random"]["cpu"])
-        for gpu, dice in zip(range(torch.cuda.device_count()), state["random"]["cuda"]):
-            torch.cuda.set_rng_state(dice, gpu)  # there may have been more, or fewer
+        for gpu, rng in zip(range(torch.cuda.device_count()), state["random"]["cuda"]):
+            torch.cuda.set_rng_state(rng, gpu)  # there may have been more, or fewer
         return state["numbers"]
     except Exception as error:  # OSError, EOFError, RuntimeError, UnpicklingError, ...
         what = type(error).__name__
@@ -81,7 +81,7 @@ def load_state(folder, parts):
 
 @contextmanager
 def replacing(path):
-    """A file to write to, which takes the place of path once it is whole: no crash halves it."""
+    """A file to write to, which takes the place of path once it is complete, even in a crash."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

@@ -1,20 +1,18 @@
-"""A flat dataclass becomes a command line; seed, device and precision are decided once.
+"""A dataclass becomes a command line; seed, device and number format are chosen once.
 
 In: a dataclass whose fields have a default and a comment beside them, and the words of the command
 line. Out: an instance of it, and the device and number format that the run computes with.
 
     @dataclass
-    class Config:
+    class Config(TrainConfig):
         '''Teach a model to imitate.'''
         steps: int = 200                                        # updates to make
-        device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
         data: list[str] = field(default_factory=list)           # files to read instead of our own
 
     run(main, Config)                                           # calls main(Config(steps=..., ...))
 
 Left out on purpose: configuration files, nested groups, "None" as a value.
 """
-
 import argparse
 import ast
 import dataclasses
@@ -28,16 +26,38 @@ import textwrap
 import tokenize
 import typing
 from contextlib import nullcontext
+from dataclasses import dataclass
 from math import inf
+from typing import Literal
 
 import numpy as np
 import torch
 
-from nanorlhf import UserError
-from nanorlhf.support import parallel
+from nanorlhf.support import UserError, parallel
 
-# (least, most) that make sense in a field of that name, in whichever dataclass. A class with a
-# narrower one says so in a RANGES of its own.
+
+@dataclass
+class ComputeConfig:
+    """Where a program computes, and from which seed."""
+    seed: int = 1                     # of everything that is drawn at random
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products
+    overwrite: bool = False           # replace a run of other settings
+
+
+@dataclass
+class TrainConfig(ComputeConfig):
+    """The settings that all five stages share."""
+    micro_batch_size: int = 0         # rows in memory at once, same result; 0: no limit
+    warmup: int = 20                  # steps over which the learning rate rises from zero
+    grad_clip: float = 1.0            # a longer gradient is shortened to this length
+    compile: bool = False             # use torch.compile: a slow start, faster steps
+    save_every: int = 200             # steps between saves that --resume continues from
+    resume: bool = False              # continue from the last save
+
+
+# The least and the greatest value that make sense in a field of that name, in any dataclass. A
+# class with narrower limits says so in a RANGES of its own.
 ABOVE_0 = sys.float_info.min
 RANGES = {name: limits for limits, names in {
     (0, inf): "steps warmup micro_batch_size learning_rate critic_learning_rate weight_decay "
@@ -58,6 +78,9 @@ MAY_BE_INFINITE = "clip", "value_clip", "grad_clip"  # no limit
 
 def run(main, cls):
     """Call main with what the command line says. A user's mistake ends in one line and status 2."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that knows only ASCII shows "?"
     try:
         return main(parse(cls))
     except UserError as error:
@@ -71,8 +94,7 @@ def run(main, cls):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        message, status = "out of memory: a --micro-batch-size of half as many rows, down to 1, " \
-                          "needs half as much for the same result", 2
+        message, status = f"out of memory: {less_memory(cls)}", 2
     # Out here the traceback is gone, and with it the frame that held a progress bar on this line.
     if parallel.may_speak():
         print(message, file=sys.stderr)
@@ -84,6 +106,14 @@ def out_of_memory(error):
     words = "can't allocate memory", "not enough memory"  # Linux and macOS; Windows
     kinds = MemoryError, torch.OutOfMemoryError
     return isinstance(error, kinds) or any(w in str(error) for w in words)
+
+
+def less_memory(cls):
+    """What to try. The setting bounds sampling as well as the update."""
+    if issubclass(cls, TrainConfig) or hasattr(cls, "micro_batch_size"):
+        return ("try a smaller --micro-batch-size (0, the default, is no limit): half as many rows "
+                "at once need about half the memory, and the result is the same")
+    return "a smaller model, or fewer or shorter responses at once, need less"
 
 
 def parse(cls, argv=None):
@@ -121,7 +151,8 @@ def make_parser(cls):
     """One flag for each field. No abbreviations: a new field would change what --s means."""
     parser = Parser(description=inspect.getdoc(cls).splitlines()[0], allow_abbrev=False)
     comments, hints = comments_beside_fields(cls), typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    # The class's own fields first, then those that it shares with others.
+    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
         hint, default = hints[field.name], field.default
         if hint is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
@@ -139,11 +170,15 @@ def make_parser(cls):
 
 def comments_beside_fields(cls):
     """{field: the comment beside it}, from the source: so --help and the source cannot disagree."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    inherited = comments_beside_fields(cls.__base__)
     source = textwrap.dedent(inspect.getsource(cls))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    return {node.target.id: comments.get(node.end_lineno, "") for node in fields}
+    own = {node.target.id: comments.get(node.end_lineno) for node in fields}
+    return inherited | {name: comment for name, comment in own.items() if comment}
 
 
 def with_dashes(word):
@@ -156,7 +191,7 @@ def unknown_word(word, parser):
     flag = word.partition("=")[0]
     known = [name for action in parser._actions for name in action.option_strings]
     nearest = difflib.get_close_matches(flag, known, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else "--help lists what there is"
+    remedy = f"did you mean {nearest[0]}?" if nearest else "--help lists the flags"
     return f"{flag} is not a flag of {parser.prog}: {remedy}"
 
 
@@ -211,16 +246,16 @@ def autocast(device, dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def fuse(wanted, *models):
-    """Compile the trunks of models with torch.compile, if that is wanted and can be done here."""
+def compile_trunks(wanted, *models):
+    """Compile the trunks of models with torch.compile, if that is wanted and possible here."""
     if not wanted:
         return
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=models[0].device))
     except Exception as error:  # of many kinds: no compiler, no Triton, ...
-        print(f"compile   cannot be done here ({type(error).__name__}): goes on without")
+        print(f"compile   not possible here ({type(error).__name__}): continues without it")
         return
     for model in models:
         model.transformer.compile()
-        model.fused = True
-    print("compile   on: steps of a new shape wait for it")
+        model.compiled = True
+    print("compile   on: the first step of each new shape takes long")

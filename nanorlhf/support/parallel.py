@@ -2,11 +2,12 @@
 
 In: the same command, started once for each GPU (or, to try it, CPU). Out: what one process would
 have learnt from the same global batches, sooner. Every process draws the same batches from the same
-seed and computes its own rows of them. The loops weigh a part by its share of the global batch, so
-gradients and metrics need only be summed. A process alone gets back what it gives, to the bit.
+seed and computes its own rows of them. The loop weighs a part by its share of the global batch, so
+gradients and metrics need only be summed. In a single process every function here returns what it
+was given, bit for bit.
 
-Not DistributedDataParallel: the loops call trunk and head apart, which its hook on `forward` never
-sees, and it takes the mean of gradients where rows of unequal length want the sum.
+Not DistributedDataParallel: the stages call trunk and head apart, which its hook on `forward` never
+sees, and it takes the mean of gradients where rows of unequal length need the sum.
 
 Left out on purpose: sharded weights (each process holds whole models and optimizers), sending while
 the backward pass still runs, and going on without a process that died (--resume does that).
@@ -19,26 +20,25 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from torch.nn.utils.rnn import pad_sequence
 
-from nanorlhf import UserError
+from nanorlhf.support import UserError
 
 
 def launched():
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def count():
+def world_size():
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank():
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def start(device):
     """Meet the other processes that torchrun has started, if it has. Only the first one prints."""
-    if not launched() or count() > 1:
+    if not launched() or world_size() > 1:
         return
     if device.type == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -53,27 +53,36 @@ def start(device):
 
 
 def finish():
-    """Training is over: the first process goes on alone, and the others end here."""
-    if count() > 1:
+    """Training is over: the first process continues alone, and the others end here."""
+    if world_size() > 1:
         here = rank()
-        everyone(None)              # nobody leaves while another still trains
+        all_gather(None)            # nobody leaves while another still trains
         dist.destroy_process_group()
         if here > 0:
             sys.exit()
 
 
-# --- each its share ------------------------------------------------------------------------------
+# --- to each process its share -------------------------------------------------------------------
 
-def mine(batch):
+def local_rows(batch):
     """The rows of a global batch that this process computes: none, where there are too few."""
-    begin, end = (len(batch) * r // count() for r in (rank(), rank() + 1))
-    return batch if count() == 1 else batch[begin:end]
+    begin, end = (len(batch) * r // world_size() for r in (rank(), rank() + 1))
+    return batch if world_size() == 1 else batch[begin:end]
+
+
+def micro_batches(batch, size):
+    """This process's rows of a global batch, `size` at a time (0: all), with dropout of its own."""
+    rows = local_rows(batch)
+    size = size or max(1, len(rows))
+    with own_rng():
+        for begin in range(0, len(rows), size):
+            yield rows[begin:begin + size]
 
 
 @contextmanager
-def own_dice():
-    """Random numbers of this process's own. Afterwards all go on with the same ones."""
-    if count() == 1:
+def own_rng():
+    """Random numbers that differ between the processes. Afterwards all draw the same ones again."""
+    if world_size() == 1:
         yield
         return
     seed = torch.randint(2**62, ()).item() + rank()
@@ -83,61 +92,48 @@ def own_dice():
         yield
 
 
-def parts(batch, size):
-    """My rows of a global batch, `size` at a time (all if 0), with dropout by dice of my own."""
-    rows = mine(batch)
-    size = size or max(1, len(rows))
-    with own_dice():
-        for begin in range(0, len(rows), size):
-            yield rows[begin:begin + size]
-
-
 # --- and together --------------------------------------------------------------------------------
 
-def everyone(x):
-    """A small thing of each process -> the list of them, in every process."""
-    if count() == 1:
+def all_gather(x):
+    """A small object of each process -> the list of them, in every process."""
+    if world_size() == 1:
         return [x]
-    found = [None] * count()
-    with listening():
-        dist.all_gather_object(found, x)
-    return found
+    objects = [None] * world_size()
+    with connection():
+        dist.all_gather_object(objects, x)
+    return objects
 
 
-def total(numbers):
+def gather_rows(rows):
+    """The list of each process, of its local rows -> all of them, in the order of the batch."""
+    return [row for local in all_gather(rows) for row in local]
+
+
+def concatenate(parts, device):
+    """[{name: (b, ...)}, ...] of each process's rows -> {name: (B, ...)} of all rows, in order"""
+    if world_size() > 1:
+        parts = gather_rows([{name: x.cpu() for name, x in part.items()} for part in parts])
+    return {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+
+
+def sum_metrics(metrics):
     """{name: this process's summand} -> {name: sum}. Who computed no rows may lack a name."""
-    if count() == 1:
-        return numbers
-    summands = everyone({name: torch.as_tensor(x).cpu() for name, x in numbers.items()})
+    if world_size() == 1:
+        return metrics
+    summands = all_gather({name: torch.as_tensor(x).cpu() for name, x in metrics.items()})
     names = dict.fromkeys(name for one in summands for name in one)
     return {name: sum(one[name] for one in summands if name in one) for name in names}
 
 
-def gather(found, rows, **fill):
-    """The first `rows` rows of each process -> all, in the order of the global batch.
-
-    {name: (b, ...)} -> {name: (B, ...)}; what is narrower than another's is filled up with 0, or as
-    `fill` says
-    """
-    if count() == 1:
-        return found
-    shares, whole = everyone({name: x[:rows].cpu() for name, x in found.items()}), {}
-    for name, x in found.items():
-        column = [row.reshape(-1) for share in shares for row in share[name]]
-        column = pad_sequence(column, batch_first=True, padding_value=fill.get(name, 0))
-        whole[name] = (column if x.dim() > 1 else column[:, 0]).to(x.device)
-    return whole
-
-
-def clip_gradients(model, limit):
+def clip_gradients(params, limit):
     """Add up the gradients of all processes, then clip their norm. -> what it was before"""
-    params = [p for p in model.parameters() if p.requires_grad]
-    if count() > 1:
+    params = [p for p in params if p.requires_grad]
+    if world_size() > 1:
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # it computed no rows
         gradients = [p.grad for p in params]
         flat = parameters_to_vector(gradients)
-        with listening():
+        with connection():
             dist.all_reduce(flat)
         vector_to_parameters(flat, gradients)
     return clip_grad_norm_(params, limit)
@@ -146,19 +142,19 @@ def clip_gradients(model, limit):
 # --- mistakes ------------------------------------------------------------------------------------
 
 def first_alone(function, *args):
-    """The first process calls it while the others wait. Its mistake is everyone's."""
+    """The first process calls it while the others wait. Its mistake ends them all."""
     mistake = None
     if rank() == 0:
         try:
             function(*args)
         except UserError as error:
             mistake = error
-    if mistake := everyone(mistake)[0]:
+    if mistake := all_gather(mistake)[0]:
         raise mistake
 
 
 @contextmanager
-def listening():
+def connection():
     try:
         yield
     except RuntimeError as error:   # gloo notices that another is gone; with NCCL, torchrun does
@@ -169,7 +165,7 @@ def may_speak():
     """Is this the process to say why the run ends? The first that asks; one alone always is."""
     if not launched():
         return True
-    if count() == 1:                # all make the same mistake, or the others have left
+    if world_size() == 1:           # all make the same mistake, or the others have left
         return os.environ["RANK"] == "0"
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),

@@ -1,7 +1,8 @@
-"""GPT-2's published weights by name: downloaded once, checked, and kept.
+"""Models in the layout of Hugging Face's GPT-2: saved, loaded, checked, and downloaded by name.
 
-In: a name. Out: a folder that model.GPT.load opens, under ~/.cache/nanorlhf or where NANORLHF_CACHE
-says. HF_ENDPOINT names a mirror of huggingface.co.
+In: a folder, or a name such as "gpt2". Out: settings and tensors that are what they should be; a
+file may come from a stranger. Published weights are downloaded once to ~/.cache/nanorlhf or where
+NANORLHF_CACHE says; HF_ENDPOINT names a mirror of huggingface.co.
 
 A broken download goes on where it broke. The weights get their final name last, once their SHA-256
 is right: what bears that name is whole, and no network is asked for it again.
@@ -17,9 +18,10 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import torch
 from tqdm import tqdm
 
-from nanorlhf import UserError
+from nanorlhf.support import UserError, checkpoint
 
 # name: revision, SHA-256 of its model.safetensors, layers, heads, channels
 PUBLISHED = {
@@ -38,6 +40,78 @@ PUBLISHED = {
 }  # fmt: skip
 TIMEOUT = 30  # seconds of silence
 
+
+# What model.py computes. Other members of GPT-2's family would load, and compute wrong numbers.
+EXPECTED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+
+
+def save(folder, architecture, config, tensors, **extra):
+    """config: the fields of GPTConfig; extra goes into config.json as it is."""
+    dropout = config.pop("dropout")
+    config = {"architectures": [architecture], "model_type": "gpt2",
+              "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, **config,
+              "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0, **extra}
+    checkpoint.save(folder, config, {name: transposed(name, w).contiguous().cpu()
+                                     for name, w in tensors.items()})
+
+
+def load(folder):
+    """A folder, or the name of a published model -> config (a dict), {name: tensor}"""
+    if folder in PUBLISHED:
+        folder = fetch(folder)
+    config, tensors = checkpoint.load(folder)
+    path = Path(folder) / "config.json"
+    for name, value in EXPECTED.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{path}: expected {name} {value}, came {config[name]}")
+    # Published files name the trunk's weights without the prefix.
+    bare = "wte.", "wpe.", "h.", "ln_f."
+    tensors = {f"transformer.{name}" if name.startswith(bare) else name: transposed(name, w)
+               for name, w in tensors.items()}
+    head, embedding = (tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UserError(f"{path}: expected a language head tied to the embedding, came another")
+    return {"architectures": None, **config}, tensors
+
+
+def transposed(name, weight):
+    """GPT-2 keeps the weights of its linear layers as (in, out), PyTorch as (out, in)."""
+    linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return weight.t() if linear and weight.dim() == 2 else weight
+
+
+def sizes(config, most, folder):
+    """The sizes in config.json, if they are numbers and `most` tensors could be so many layers."""
+    path, numbers = Path(folder) / "config.json", {}
+    for name in "vocab_size", "n_positions", "n_layer", "n_head", "n_embd":
+        if name not in config:
+            raise UserError(f"{path} is no GPT-2 configuration: it has no '{name}'")
+        n, limit = config[name], most if name == "n_layer" else 2**24
+        if type(n) is not int or not 1 <= n <= limit:
+            raise UserError(f"{path}: expected {name} from 1 to {limit}, came {n!r:.60}")
+        numbers[name] = n
+    return numbers
+
+
+def check(tensors, expected, needed, folder):
+    """Have the tensors the shapes of `expected`? Those whose name starts with `needed` must be
+    there."""
+    if "score.weight" in tensors and "score.weight" not in expected:
+        raise UserError(f"{folder}: expected a language model, came one with a scalar head: a "
+                        "reward model or a critic")
+    for name, weight in expected.items():
+        if name not in tensors:
+            if not name.startswith(needed):
+                continue
+            kind = "reward model" if name == "score.weight" else "GPT-2 of config.json's size"
+            raise UserError(f"{folder} holds no weight {name}; expected a {kind}")
+        if tensors[name].shape != weight.shape:
+            raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json asks "
+                            f"for {tuple(weight.shape)}")
+
+
+# --- published weights ---------------------------------------------------------------------------
 
 def fetch(name):
     """The folder with the model of that name, which is downloaded if it is not there. -> Path"""

@@ -1,7 +1,7 @@
-"""A run's diary: settings.json, log.jsonl with one object a step, summary.json, samples.md.
+"""The log of a run: settings.json, log.jsonl with one object a step, summary.json, samples.md.
 
-In: numbers, by name. Out: one line on the screen and one line in a file, and a folder that guards
-itself: it never mixes two runs, and never gives way to other settings unless it is told to.
+In: numbers, by name. Out: one line on the screen and one line in a file. A folder never mixes two
+runs, and a run of other settings replaces what is in it only with --overwrite.
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     log = RunLog(cfg.out, columns=("score", "kl"))
@@ -24,11 +24,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf import UserError
-from nanorlhf.support import parallel
+from nanorlhf.support import UserError, parallel
 from nanorlhf.support.checkpoint import replacing
 
-# How to run, not what is run:
+# These say how to run and not what is run, so they may differ when a run is resumed or repeated.
 NOT_SETTINGS = ("out", "device", "micro_batch_size", "compile", "resume", "overwrite")
 BAD_BATCH = "bad_batch.jsonl"  # the rows of a step that went wrong
 
@@ -58,16 +57,15 @@ def check_resumable(folder, settings):
         raise UserError(f"--resume: expected a saved state in {folder}, and state.pt is not there")
     old = read_settings(folder)
     changed = differences(old, settings)
-    # To go further is why one resumes. The steps that were made stay as they are; from there on the
-    # learning rate is what it is at that step of the longer run. (0 steps are one pass over the
-    # data: longer than what?)
+    # More steps are allowed: the steps that were made stay as they are, and from there on the
+    # learning rate is the one of the longer run. (0 means one pass over the data, so there is no
+    # number to compare.)
     if 0 < old.get("steps", 0) < settings.get("steps", 0):
         changed.pop("steps", None)
     if changed:
-        raise UserError(
-            f"--resume: {folder} was run with other settings ({'; '.join(changed.values())}); "
-            "give the same ones, or start again in another --out"
-        )
+        raise UserError(f"--resume: {folder} was run with other settings ("
+                        f"{'; '.join(changed.values())}); give the same ones, or start again in "
+                        "another --out")
 
 
 def check_replaceable(folder, settings, overwrite):
@@ -78,20 +76,16 @@ def check_replaceable(folder, settings, overwrite):
         raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from None
     changed = {} if is_empty else differences(read_settings(folder), settings)
     if changed and not overwrite:
-        raise UserError(
-            f"{folder} holds a run with other settings ({'; '.join(changed.values())}); "
-            "choose another --out, or replace it with --overwrite"
-        )
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed.values())})"
+                        "; choose another --out, or replace it with --overwrite")
 
 
 def read_settings(folder):
     try:
         return dict(json.loads((folder / "settings.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
-        raise UserError(
-            f"--out: {folder} holds files but no run (no settings.json that can be read), "
-            "so nothing in it is touched; choose another --out"
-        ) from None
+        raise UserError(f"--out: {folder} holds files but no run (no settings.json that can be "
+                        "read), so nothing in it is touched; choose another --out") from None
 
 
 def differences(old, new):
@@ -101,18 +95,18 @@ def differences(old, new):
 
 
 def write_whole(path, content):
-    """The whole text or none of it: a crash in the middle leaves the old file."""
+    """Write a text, or a dict as JSON. A crash in the middle leaves the old file."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
     with replacing(path) as file:
         file.write(text.encode())
 
 
 class RunLog:
-    """All metrics to log.jsonl at every step, some to the screen now and then.
+    """Writes all metrics to log.jsonl at every step, and some to the screen now and then.
 
     every: steps from one line on the screen to the next; columns: the metrics it shows (none: all)
-    decode: makes text of tokens; batch: the (tokens, prompt_len) of the current step. Both are for
-    whoever looks into a step that went wrong.
+    decode: makes text of tokens; batch: the rows (tokens, prompt_len) of the current step. Both are
+    used where a step goes wrong: its rows are then written to a file.
 
     Of several processes the first one writes, and the others have no folder.
     """
@@ -125,9 +119,9 @@ class RunLog:
         self.began = time.perf_counter()
 
     def steps(self, start, stop):
-        """start ... stop - 1, with a progress bar where someone is watching.
+        """start ... stop - 1, with a progress bar on a terminal.
 
-        Ctrl-C lets the step end, so that it can be saved; a second one does not wait.
+        After Ctrl-C the current step ends and is saved; a second Ctrl-C stops at once.
         """
         if self.folder:
             # A run that died after its last save has logged the steps that it now makes again.
@@ -136,7 +130,7 @@ class RunLog:
             write_whole(self.folder / "log.jsonl", "".join(kept))
         self.ends, self.saved = {start, stop - 1}, start
         bar = tqdm(total=stop, initial=start, disable=parallel.rank() > 0 or None, leave=False)
-        with bar as self.bar, patience(self):
+        with bar as self.bar, delayed_interrupt(self):
             for step in range(start, stop):
                 yield step
                 self.bar.update()
@@ -144,11 +138,12 @@ class RunLog:
                     raise KeyboardInterrupt
 
     def due(self, done, every):
-        """Is it time to save, `done` steps being done? If so, their log is safe on the disk.
+        """Is it time to save, when `done` steps are done? If so, their log is safe on the disk.
 
-        Every so many steps, after the last one, and when Ctrl-C asks for it. No folder, no saving.
+        It is after every so many steps, after the last one, and after Ctrl-C; never without a
+        folder.
         """
-        self.stopping = any(parallel.everyone(self.interrupted))  # all after the same step
+        self.stopping = any(parallel.all_gather(self.interrupted))  # all after the same step
         last = done - 1 == max(self.ends, default=None)
         if not self.folder or not (last or self.stopping or done % every == 0):
             return False
@@ -167,14 +162,14 @@ class RunLog:
             raise UserError(f"cannot write {path}: {error.strerror}; {self.last_save()}") from None
 
     def last_save(self):
-        return (f"--resume goes on from the save of {self.saved} steps" if self.saved else
+        return (f"--resume continues from the save after {self.saved} steps" if self.saved else
                 "nothing had been saved")
 
     def write(self, step, **metrics):
         try:
             metrics = {name: rounded(name, x, f"at step {step}") for name, x in metrics.items()}
         except UserError as error:
-            raise UserError(f"{error}{self.inquest()}") from None
+            raise UserError(f"{error}{self.keep_bad_batch()}") from None
         if self.folder:
             self.append(json.dumps(dict(step=step, **metrics)) + "\n")
         line = "  ".join(f"{k} {cell(metrics.get(k)):>8}" for k in self.columns or metrics)
@@ -182,10 +177,10 @@ class RunLog:
             self.bar.set_postfix_str(line, refresh=False)
         if step % self.every == 0 or step in self.ends:
             tqdm.write(f"step {step:>5}  {line}")
-            sys.stdout.flush()  # whoever watches through a pipe would wait for pages of it
+            sys.stdout.flush()  # a pipe would keep it back for pages
 
-    def inquest(self):
-        """Keep the rows of a step that went wrong, and say where they and the last save are."""
+    def keep_bad_batch(self):
+        """Write the rows of a step that went wrong, and say where they and the last save are."""
         if not self.folder:
             return ""
         lines = []
@@ -209,8 +204,8 @@ class RunLog:
 
 
 @contextmanager
-def patience(log):
-    """While it lasts, Ctrl-C only makes a note of itself in the log, the first time."""
+def delayed_interrupt(log):
+    """Within it, the first Ctrl-C only sets log.interrupted."""
 
     def note(*_):
         if log.interrupted:
@@ -219,7 +214,7 @@ def patience(log):
         tqdm.write("stops and saves after this step; Ctrl-C again stops at once")
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are none of its business
+        yield  # only the main thread may handle signals
         return
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -229,7 +224,7 @@ def patience(log):
 
 
 def rounded(name, value, where):
-    """Six digits are enough to read. NaN stops the run: every number after it would be NaN too."""
+    """Six digits. NaN or infinity stops the run: every number after it would be the same."""
     value = value.item() if hasattr(value, "item") else value
     if not isinstance(value, float):
         return value
@@ -239,14 +234,14 @@ def rounded(name, value, where):
 
 
 def cell(value):
-    """Three digits in at most eight characters, so that the columns stand still."""
+    """Three digits in at most eight characters, so that columns stay aligned."""
     if not isinstance(value, float):
         return "-" if value is None else str(value)
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".replace("e-0", "e-")
 
 
 def read(folder):
-    """log.jsonl as a list of dicts. What follows the last newline was cut by a crash: left out."""
+    """log.jsonl as a list of dicts, without a last line that a crash cut in two."""
     path = Path(folder) / "log.jsonl"
     try:
         lines = path.read_text().split("\n")[:-1]
@@ -258,9 +253,8 @@ def read(folder):
             rows.append(json.loads(line))
             int(rows[-1]["step"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise UserError(
-                f"{path}:{number}: expected JSON with a step, got {line[:40]!r}"
-            ) from None
+            raise UserError(f"{path}:{number}: expected JSON with a step, got {line[:40]!r}"
+                            ) from None
     return rows
 
 
@@ -275,19 +269,19 @@ def samples(folder, before, after, titles=("before", "after")):
     for number, ((prompt, old), (_, new)) in enumerate(zip(before, after, strict=True), 1):
         page.append(f"## {number}\n")
         for title, text in zip(titles, (prompt, old, new), strict=True):
-            text = visible(text) or "(nothing)"
+            text = printable(text) or "(nothing)"
             page.append(f"**{title}**\n\n{fenced(text)}\n")
             print(f"{title:{width}}" + text.replace("\n", "\n" + " " * width))
         print()
     write_whole(Path(folder) / "samples.md", "\n".join(page))
 
 
-def visible(text):
-    """Control characters, which an untrained model is fond of, scramble a page and a terminal."""
+def printable(text):
+    """The text without control characters, which an untrained model often writes."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def fenced(text):
-    """A Markdown code block: nothing in it is markup, as its fence is longer than any inside."""
+    """A Markdown code block, with a fence longer than any inside the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`*", text))))
     return f"{fence}text\n{text}\n{fence}"

@@ -1,0 +1,81 @@
+"""The fast forms of what the course writes plainly. Tests hold each to its plain form.
+
+    rows_at_a_time     a function of logits, without ever holding a float32 copy of all of them
+    decode             many decoding steps: stop early, drop rows that have ended, CUDA graphs
+    rows_that_fit      how many responses to sample at once
+"""
+from functools import partial
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def rows_at_a_time(function, logits, *others, **settings):
+    """function(logits, *others, **settings), computed for a few rows of logits at a time.
+
+    logits (..., V), others (...) -> (...). A few rows in float32 stay in the processor's cache: at
+    GPT-2's vocabulary that is two to three times as fast, and the memory is that of a few rows.
+    """
+    rows = logits.flatten(0, -2), *(x.flatten() for x in others)
+    return _RowsAtATime.apply(partial(function, **settings), *rows).view(logits.shape[:-1])
+
+
+class _RowsAtATime(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, logits, *others):
+        ctx.function = function
+        ctx.save_for_backward(logits, *others)
+        return torch.cat([function(*part) for part in chunks(logits, *others)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        """Each chunk is computed again, and its gradient written where it belongs."""
+        logits, *others = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for x, out, push, *rest in chunks(logits, result, gradient, *others):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                out.copy_(torch.autograd.grad(ctx.function(x, *rest), x, push)[0])
+        return None, result, *(None for _ in others)
+
+
+def chunks(logits, *others):
+    """Parts of logits (N, V), and of others alike: 4 MB in float32, which stay in a CPU's cache,
+    or 64 MB, which keep a GPU busy."""
+    n = max(1, (2**20 if logits.device.type == "cpu" else 2**24) // logits.shape[-1])
+    return zip(*(x.split(n) for x in (logits, *others)))
+
+
+def decode(decoder, n):
+    """Up to n times decoder.step(), until every row has ended."""
+    step, device, compiled = decoder.step, decoder.tokens.device, decoder.model.compiled
+    for r in range(1, n + 1):
+        if r % 8 == 0:                                   # not always: asking waits for the device
+            if not decoder.alive.any():
+                break
+            # A CPU need not go on with rows that have ended; a GPU is faster with constant shapes.
+            if device.type == "cpu" and not compiled and decoder.alive.float().mean() < 0.75:
+                decoder.keep(decoder.alive)
+        step()
+        if r == 1 and compiled and device.type == "cuda":
+            step = captured(step)
+
+
+def captured(step):
+    """The same step as one CUDA graph: one launch in place of hundreds.
+
+    Capturing records a call without doing its work, so all that is made once (autocast's copies of
+    the weights, cuBLAS's workspace) must have been made by a call before it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def rows_that_fit(config, longest, most=500, memory=4e9):
+    """Responses to sample at once: more than 500 are hardly faster, and 4 GB must hold them."""
+    row = 4 * (2 * config.n_layer * config.n_embd * longest    # keys and values
+               + 5 * config.vocab_size)                        # logits and what is made of them
+    return max(1, min(most, int(memory / row)))
