@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what was logged, in one colour per name, small and in no one's way."""
+"""Pictures show what was logged, one colour for each metric, in small files, without pyplot."""
 
 import json
 import subprocess
@@ -20,10 +20,13 @@ from nanorlhf.support.plotting import (
     plot_guess,
     small_multiples,
     strips,
-    token_strip,
 )
 
 PNG = b"\x89PNG"
+
+
+def token_strip(pieces, rows, title=""):
+    return strips([pieces], [rows], [title])
 
 
 def write_log(folder, rows):
@@ -112,6 +115,14 @@ def test_several_runs_are_laid_over_each_other_where_they_share_a_metric(
     assert [line.get_ydata()[0] for line in score.lines] == [1, 2]
     assert [text.get_text() for text in kl.get_legend().texts] == ["a", "b"]
     assert score.get_legend() is None  # one is enough
+
+
+def test_ten_runs_are_ten_lines(tmp_path, drawn, monkeypatch):
+    """There are fewer colours than that: they are used again."""
+    monkeypatch.chdir(tmp_path)
+    runs = [write_log(tmp_path / str(i), [dict(kl=float(i))]) for i in range(10)]
+    overlay(runs)
+    assert [line.get_ydata()[0] for line in drawn[0].axes[0].lines] == list(range(10))
 
 
 def test_one_run_is_redrawn_in_its_own_folder(tmp_path, drawn):
