@@ -1,4 +1,4 @@
-"""The tokenizer loses nothing, obeys no text, and agrees with transformers on the same files."""
+"""Encoding loses nothing, no text yields a special token, and transformers agrees on the files."""
 
 import json
 import random
@@ -73,7 +73,7 @@ def test_vocab_size_counts_bytes_merges_and_specials(tokenizer):
 
 
 def test_learned_counts_are_those_of_a_recount_from_scratch():
-    """The plain twin: count all pairs anew before every merge. Slow, and nothing can go stale."""
+    """Count all pairs anew before every merge: slow, and no count can be out of date."""
     rng = random.Random(0)
     words = ["".join(rng.choice("abc") for _ in range(rng.randrange(1, 9))) for _ in range(80)]
     ids = {token: i for i, token in enumerate(BYTES)}
@@ -178,12 +178,12 @@ def test_the_special_ids_tell_transformers_where_a_row_ends_and_what_fills_it(tm
     model = ScalarGPT(GPTConfig(tokenizer.vocab_size, 16, n_layer=1, n_head=2, n_embd=16)).eval()
     model.save(tmp_path, **tokenizer.special)
     tokenizer.save(tmp_path)
-    said, vocab = (
+    config, vocab = (
         json.loads((tmp_path / name).read_text(encoding="utf-8"))
         for name in ("config.json", "vocab.json")
     )
-    assert said["bos_token_id"] == said["eos_token_id"] == vocab["<|endoftext|>"]
-    assert said["pad_token_id"] == vocab["<|pad|>"]
+    assert config["bos_token_id"] == config["eos_token_id"] == vocab["<|endoftext|>"]
+    assert config["pad_token_id"] == vocab["<|pad|>"]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     batch = collate([([1, 2, 3, 4, 5, tokenizer.eos], 2), ([6, tokenizer.eos], 1)], tokenizer.pad)
     with torch.no_grad():
