@@ -9,6 +9,7 @@ from nanorlhf.generate import generate_rows
 from nanorlhf.model import GPT, ScalarGPT
 from nanorlhf.support import data, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
+from nanorlhf.support.groups import from_files, pairs_in
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -21,7 +22,7 @@ def main(cfg):
     sft, tok = GPT.load(cfg.sft), tokenizer.load(cfg.sft)
     sft.resize_vocab(tok.vocab_size).to(device)
     if cfg.data:
-        groups, held_out = reward.from_files(cfg.data, tok, sft.config.n_positions)
+        groups, held_out = from_files(cfg.data, tok, sft.config.n_positions)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
 
@@ -30,8 +31,8 @@ def main(cfg):
     if not cfg.data:
         groups, held_out, best = reward.from_samples(sft, tok, cfg)
         ceiling = dict(accuracy_ceiling=best)
-    print(f"pairs     {reward.pairs_in(groups):,} comparisons of {sum(len(g) for g, _ in groups):,}"
-          f" responses; {reward.pairs_in(held_out):,} held out")
+    print(f"pairs     {pairs_in(groups):,} comparisons of {sum(len(g) for g, _ in groups):,}"
+          f" responses; {pairs_in(held_out):,} held out")
 
     model = ScalarGPT.load(cfg.sft).resize_vocab(tok.vocab_size).to(device)
     print(f"model     {model}, on {device}")
@@ -41,7 +42,9 @@ def main(cfg):
     parallel.finish()
 
     # How good is it? Then shift and scale: 0 is the SFT model's average, 1 its deviation.
-    metrics, table = reward.report(model, held_out, tok.pad, cfg.dtype)
+    metrics, margin = reward.report(reward.by_model(model), held_out, tok.pad, device, cfg.dtype)
+    table = calibration(margin)
+    metrics["calibration_error"] = sum(n * abs(said - was) for said, was, n in table) / len(margin)
     prompts = data.encode_prompts(held_out_prompts(cfg.data, 256, cfg.seed), tok,
                                   sft.config.n_positions - cfg.max_new_tokens, data.Counter())
     rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, dtype=cfg.dtype,
@@ -53,6 +56,18 @@ def main(cfg):
     samples(cfg.out, *scored_pairs(model, tok, held_out[:3], cfg), ("chosen", "rejected"))
     curves(cfg.out, PANELS)
     print_summary(summary, table, cfg)
+
+
+def calibration(margin, bins=5):
+    """Is a probability of 80 % right in 80 % of the pairs? -> (probability, share, pairs) of bins
+
+    A pair is read from the side that the model prefers, so the probability is at least a half. Only
+    before reward.normalise: the loss fixes the scale on which sigmoid(margin) is a probability.
+    """
+    probability, right = margin.abs().sigmoid(), (1 + margin.sign()) / 2
+    at = ((probability - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    return [(probability[at == b].mean().item(), right[at == b].mean().item(), int((at == b).sum()))
+            for b in range(bins) if (at == b).any()]
 
 
 def scored_pairs(model, tok, groups, cfg):

@@ -9,7 +9,6 @@ share. So the Bradley-Terry loss can be put on the policy itself.
 """
 import copy
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +18,11 @@ from nanorlhf import reward, tokenizer
 from nanorlhf.generate import generate_texts
 from nanorlhf.logprobs import masked, response_logprobs
 from nanorlhf.model import GPT
-from nanorlhf.reward import accuracy_of, bradley_terry_loss, flatten, longest_row, pairs_in
+from nanorlhf.reward import accuracy_of, bradley_terry_loss
 from nanorlhf.support import loop, parallel
-from nanorlhf.support.config import autocast, compile_trunks, run, setup
-from nanorlhf.support.data import collate, in_parts
+from nanorlhf.support.config import compile_trunks, run, setup
+from nanorlhf.support.data import collate
+from nanorlhf.support.groups import flatten, from_files, longest_row, pairs_in
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -88,17 +88,10 @@ def train(policy: GPT, reference: GPT, groups: list, pad: int, cfg: DPOConfig, l
     return dict(steps=steps, tokens=state["tokens"])
 
 
-@torch.no_grad()
-def report(policy: GPT, reference: GPT, groups: list, pad: int, cfg: DPOConfig) -> dict:
-    """Metrics of held-out comparisons, and the 95 % interval of the accuracy."""
-    metrics, pairs = Counter(), pairs_in(groups)
-    for part in in_parts(groups, cfg.micro_batch_size or cfg.batch_size):
-        with autocast(policy.device, cfg.dtype):
-            _, numbers = loss_of(policy, reference, part, pad, cfg.beta)
-        for name, x in numbers.items():
-            metrics[name] += pairs_in(part) / pairs * x.item()
-    low, high = reward.interval(metrics["accuracy"] * pairs, pairs)
-    return dict(metrics, accuracy_low=low, accuracy_high=high, pairs=pairs)
+def implicit_reward(policy: GPT, reference: GPT, beta: float):
+    """The reward that a policy learnt, up to a constant for each prompt: a score function."""
+    return lambda *batch: beta * (whole_logprobs(policy, *batch)
+                                  - whole_logprobs(reference, *batch))
 
 
 def main(cfg: DPOConfig):
@@ -106,7 +99,7 @@ def main(cfg: DPOConfig):
     reference, tok = GPT.load(cfg.sft), tokenizer.load(cfg.sft)
     reference.resize_vocab(tok.vocab_size).to(device)
     if cfg.data:
-        groups, held_out = reward.from_files(cfg.data, tok, reference.config.n_positions)
+        groups, held_out = from_files(cfg.data, tok, reference.config.n_positions)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
     ceiling = {}
@@ -126,7 +119,9 @@ def main(cfg: DPOConfig):
     policy.save(cfg.out, **tok.special)
     tok.save(cfg.out)
 
-    s = log.finish(**summary, **report(policy, reference, held_out, tok.pad, cfg), **ceiling)
+    learnt = implicit_reward(policy, reference, cfg.beta)
+    metrics, _ = reward.report(learnt, held_out, tok.pad, device, cfg.dtype)
+    s = log.finish(**summary, **metrics, **ceiling)
     samples(cfg.out, *(generate_texts(model, tok, shown, cfg.max_new_tokens, seed=cfg.seed)
                        for model in (reference, policy)))
     curves(cfg.out, PANELS)

@@ -44,10 +44,10 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     if uniforms is None:
         uniforms = draw_uniforms(B, R)
 
+    double = torch.float32 if device.type == "mps" else torch.float64          # MPS has no float64
     cache, hidden = prefill(model, tokens, prompt_len, P, G)
-    decoder = Decoder(model, cache, tokens, prompt_len, uniforms, temperature, eos, pad)
-    decoder.choose(hidden)
-    fast.decode(decoder, R - 1)                  # decoder.step(), until every row has ended
+    fast.decode(sample, model, cache, hidden, tokens, prompt_len, uniforms.to(device, double),
+                temperature, eos, pad)
 
     response = response_tokens(tokens, prompt_len, R)
     ends = torch.zeros_like(response) if eos is None else (response == eos).long()
@@ -84,41 +84,23 @@ def prefill(model: GPT, tokens: Tensor, prompt_len: Tensor, P: int, G: int):
     return cache, hidden
 
 
-class Decoder:
-    """Rows that are being answered, one token a step. Tensors change in place, and nothing waits
-    for the device: so a step can be captured as a CUDA graph."""
+def decode(model: GPT, cache: KVCache, hidden: Tensor, tokens: Tensor, prompt_len: Tensor,
+           uniforms: Tensor, temperature: float, eos: int | None, pad: int):
+    """Write the responses into tokens, one token of every row a step, until every row has ended.
 
-    def __init__(self, model, cache, tokens, prompt_len, uniforms, temperature, eos, pad):
-        self.model, self.cache, self.tokens = model, cache, tokens
-        self.temperature, self.eos, self.pad = temperature, eos, pad
-        double = torch.float32 if tokens.device.type == "mps" else torch.float64   # MPS has none
-        self.uniforms = uniforms.to(tokens.device, double)                                  # (B, R)
-        self.rows = torch.arange(len(tokens), device=tokens.device)      # of tokens: ours to answer
-        self.token, self.at = tokens[:, 0].clone(), prompt_len - 1       # the last one, and where
-        self.r = torch.zeros(1, dtype=torch.long, device=tokens.device)  # tokens chosen so far
-        self.alive = torch.ones_like(self.rows, dtype=torch.bool)
-
-    def step(self):
-        """Read each row's last token, and choose the next."""
-        x = self.model.transformer(self.token[:, None], self.cache, self.at[:, None])
-        self.choose(x[:, 0])
-
-    def choose(self, hidden: Tensor):
-        """hidden (B, C): the trunk's output at each row's last token"""
-        u = self.uniforms.index_select(1, self.r)                                           # (B, 1)
-        chosen = sample(self.model.head(hidden), self.temperature, u)
-        self.token.copy_(torch.where(self.alive, chosen, self.pad))
-        self.at += 1
-        self.r += 1
-        self.tokens[self.rows, self.at] = self.token
-        if self.eos is not None:
-            self.alive &= self.token != self.eos
-
-    def keep(self, rows: Tensor):
-        """Continue with these rows only."""
-        self.cache.keep(rows)
-        self.rows, self.token, self.at = self.rows[rows], self.token[rows], self.at[rows]
-        self.alive, self.uniforms = self.alive[rows], self.uniforms[rows]
+    hidden (B, C): the trunk's output at the last token of each prompt. This is the plain form;
+    fast.decode is the same with fewer rows, where some have ended, and with CUDA graphs.
+    """
+    rows = torch.arange(len(tokens), device=tokens.device)
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    for r in range(uniforms.shape[1]):
+        chosen = sample(model.head(hidden), temperature, uniforms[:, r:r + 1])
+        token = torch.where(alive, chosen, pad)
+        tokens[rows, prompt_len + r] = token
+        alive = alive & (token != eos)
+        if not alive.any():
+            break
+        hidden = model.transformer(token[:, None], cache, (prompt_len + r)[:, None])[:, 0]
 
 
 def cache_dtype(model):

@@ -25,6 +25,7 @@ from nanorlhf.model import GPT, QGPT, wide
 from nanorlhf.support import fast, loop, parallel
 from nanorlhf.support.config import TrainConfig, compile_trunks, run, setup
 from nanorlhf.support.data import collate
+from nanorlhf.support.groups import flatten, from_files
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -158,9 +159,9 @@ def logged(sft: GPT, tok, cfg: ILQLConfig):
     -> rows (tokens, prompt_len), held-out prompts as token lists
     """
     if cfg.data:
-        groups, held_out = reward.from_files(cfg.data, tok, sft.config.n_positions)
+        groups, held_out = from_files(cfg.data, tok, sft.config.n_positions)
         room = sft.config.n_positions - cfg.max_new_tokens
-        return reward.flatten(groups)[0], [rows[0][0][:rows[0][1]][-room:] for rows, _ in held_out]
+        return flatten(groups)[0], [rows[0][0][:rows[0][1]][-room:] for rows, _ in held_out]
     prompts = [tok.encode(p) for p in environment.prompts(cfg.prompts, cfg.seed)]
     rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, G=cfg.responses,
                          batch_size=cfg.micro_batch_size, dtype=cfg.dtype)

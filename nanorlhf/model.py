@@ -8,8 +8,7 @@ Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's we
 what is saved here opens in other libraries as GPT-2.
 """
 import copy
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanorlhf.attention import attend
-from nanorlhf.support import UserError, pretrained
+from nanorlhf.support import UserError
+from nanorlhf.support.saved_model import SavedModel
 
 
 @dataclass
@@ -40,8 +40,8 @@ class KVCache:
 
     def __init__(self, config, B, S, device, dtype):
         shape = (B, config.n_head, S, config.n_embd // config.n_head)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype)
+                           for _ in range(config.n_layer)] for _ in range(2))
         self.rows = torch.arange(B, device=device)[:, None]                              # (B, 1)
 
     def update(self, layer, k, v, positions):
@@ -134,68 +134,13 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
-class PretrainedModel(nn.Module):
-    """What all heads share: saving and loading, in the layout of Hugging Face's GPT-2."""
-    compiled = False    # by config.compile_trunks: then each new shape waits for the compiler
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.transformer = Transformer(config)
-
-    @property
-    def device(self):
-        return self.transformer.wte.weight.device
-
-    def __str__(self):
-        c, size = self.config, sum(p.numel() for p in self.parameters())
-        return (f"{c.n_layer} layers x {c.n_embd}, {size / 1e6:.2f} M parameters, "
-                f"vocabulary {c.vocab_size:,}")
-
-    def save(self, folder: str | Path, **extra):
-        """Write config.json and model.safetensors; extra goes into config.json."""
-        pretrained.save(folder, self.architecture, asdict(self.config), self.state_dict(), **extra)
-
-    @classmethod
-    def load(cls, folder: str | Path, dropout: float = 0.0, fresh_head: bool = True):
-        """The model in a folder, or GPT-2 by the name "gpt2", "gpt2-medium" and so on; eval mode.
-
-        A scalar head that the folder lacks stays newly initialised, unless fresh_head is False:
-        that is how a reward model starts from a language model. Never the other way round.
-        Raises UserError where the folder holds no model of this kind.
-        """
-        config, tensors = pretrained.load(folder)
-        if cls is GPT and config["architectures"] == [QGPT.architecture]:
-            cls, fresh_head = QGPT, False                 # it is a policy as well
-        shape = GPTConfig(**pretrained.sizes(config, len(tensors), folder), dropout=dropout)
-        with torch.device("meta"):       # no memory yet: a stranger's config may ask for any size
-            expected = cls(shape).state_dict()
-        pretrained.check(tensors, expected, "transformer." if fresh_head else "", folder)
-        model = cls(shape)
-        model.load_state_dict(tensors, strict=False)
-        return model.eval()
-
-    @torch.no_grad()
-    def resize_vocab(self, n: int):
-        """Grow the vocabulary to n tokens: GPT-2 as published has no pad token. -> self
-
-        A new row is the mean of the old ones. So its logit is the mean of their logits, and its
-        probability is below 1 / V. A row of zeros would have logit 0, where the others of GPT-2
-        have about -35: it would be chosen every time.
-        """
-        rows = self.transformer.wte.weight
-        if n < len(rows):
-            raise UserError(f"expected a tokenizer of at least the model's {len(rows):,} tokens, "
-                            f"came one of {n:,}")
-        rows = torch.cat([rows, rows.mean(0).expand(n - len(rows), -1)])
-        self.transformer.wte = nn.Embedding.from_pretrained(rows, freeze=False)
-        self.config = self.transformer.config = replace(self.config, vocab_size=n)
-        return self
-
-
-class GPT(PretrainedModel):
+class GPT(SavedModel):
     """A language model. tokens (B, T) -> logits (B, T, V)"""
-    architecture = "GPT2LMHeadModel"
+    config_class, architecture = GPTConfig, "GPT2LMHeadModel"
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.transformer = Transformer(config)
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V); the embedding matrix read backwards."""
@@ -205,12 +150,13 @@ class GPT(PretrainedModel):
         return self.head(self.transformer(tokens))
 
 
-class ScalarGPT(PretrainedModel):
+class ScalarGPT(SavedModel):
     """One number for each position, from all tokens up to it. tokens (B, T) -> (B, T)"""
-    architecture = "GPT2ForSequenceClassification"
+    config_class, architecture = GPTConfig, "GPT2ForSequenceClassification"
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__(config)
+        self.transformer = Transformer(config)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         nn.init.normal_(self.score.weight, std=(config.n_embd + 1) ** -0.5)   # Stiennon et al. 2020
 
@@ -235,7 +181,7 @@ class QGPT(GPT):
     """
     architecture = "QGPT"
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.q = nn.ModuleList(_value_head(config.n_embd, config.vocab_size) for _ in range(2))
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)

@@ -16,9 +16,10 @@ from nanorlhf import environment, tokenizer
 from nanorlhf.generate import generate_rows
 from nanorlhf.logprobs import response_tokens
 from nanorlhf.model import GPT, ScalarGPT
-from nanorlhf.support import UserError, data, loop, user_code
+from nanorlhf.support import UserError, loop, user_code
 from nanorlhf.support.config import TrainConfig, autocast
 from nanorlhf.support.data import collate, in_parts
+from nanorlhf.support.groups import flatten, longest_row, pairs_in
 
 
 @dataclass
@@ -68,19 +69,6 @@ def score(model: ScalarGPT, tokens: Tensor, prompt_len: Tensor, mask: Tensor) ->
 
 
 # --- comparisons ---------------------------------------------------------------------------------
-# A group is one prompt: its rows (tokens, prompt_len), and comparisons, pairs of indices into them,
-# the chosen one first. All comparisons of a prompt go into one batch, so that each response is read
-# once, however often it was compared (Ouyang et al. 2022, section 3.5).
-
-def from_files(paths: list[str], tok, block_size: int):
-    """Comparisons that people made. -> groups, held-out groups"""
-    records, counts = data.preferences(paths)
-    sides = [by_prompt(data.encode_pairs(side, tok, block_size, counts))
-             for side in data.split(records)]
-    print(f"data      {data.describe(counts)}")
-    return sides
-
-
 def from_samples(sft: GPT, tok, cfg: ComparisonConfig):
     """Comparisons of the SFT model's samples. -> groups, held-out groups, best possible accuracy"""
     groups, _ = compare_samples(sft, tok, cfg.prompts, cfg.responses, cfg, held_out=False)
@@ -102,34 +90,6 @@ def compare_samples(sft: GPT, tok, n: int, k: int, cfg: ComparisonConfig, held_o
         groups.append((group, [(chosen, rejected) for chosen, rejected, _ in choices]))
         ceilings += [ceiling for *_, ceiling in choices]
     return groups, sum(ceilings) / len(ceilings)
-
-
-def by_prompt(pairs: list) -> list:
-    """Pairs of rows (chosen, rejected) -> groups, each response once"""
-    groups = {}
-    for pair in pairs:
-        tokens, prompt_len = pair[0]
-        rows, compared = groups.setdefault(tuple(tokens[:prompt_len]), ({}, []))
-        compared.append(tuple(rows.setdefault((tuple(t), n), len(rows)) for t, n in pair))
-    return [([(list(t), n) for t, n in rows], compared) for rows, compared in groups.values()]
-
-
-def flatten(groups: list):
-    """Groups -> all their rows, and where among them the chosen and the rejected stand"""
-    rows, chosen, rejected = [], [], []
-    for group, compared in groups:
-        chosen += [len(rows) + i for i, _ in compared]
-        rejected += [len(rows) + j for _, j in compared]
-        rows += group
-    return rows, chosen, rejected
-
-
-def pairs_in(groups: list) -> int:
-    return sum(len(compared) for _, compared in groups)
-
-
-def longest_row(group) -> int:
-    return max(len(tokens) for tokens, _ in group[0])
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -181,35 +141,17 @@ def normalise(model: ScalarGPT, rows: list, pad: int, dtype: str) -> tuple[float
 
 # --- how good is it? -----------------------------------------------------------------------------
 
-def report(model: ScalarGPT, groups: list, pad: int, dtype: str):
-    """What held-out comparisons say of a reward model. -> metrics, calibration table
-
-    Call it before `normalise`: the loss fixes the scale on which sigmoid(margin) is a probability.
-    """
+def report(score, groups: list, pad: int, device, dtype: str) -> tuple[dict, Tensor]:
+    """What held-out comparisons say of a score function. -> metrics, the margin of each pair"""
     rows, chosen, rejected = flatten(groups)
-    scores = score_rows(by_model(model), rows, pad, model.device, dtype)
-    margin, n = (scores[chosen] - scores[rejected]).cpu(), len(chosen)
-    accuracy = accuracy_of(margin).item()
-    low, high = interval(accuracy * n, n)
+    scores = score_rows(score, rows, pad, device, dtype).cpu()
     lengths = torch.tensor([float(len(tokens)) for tokens, _ in rows])
-    longer = accuracy_of(lengths[chosen] - lengths[rejected]).item()
-    table = calibration(margin)
-    return dict(
-        accuracy=accuracy, accuracy_low=low, accuracy_high=high,
-        held_out_loss=bradley_terry_loss(scores[chosen], scores[rejected]).item(),
-        calibration_error=sum(k * abs(said - was) for said, was, k in table) / n,
-        length_accuracy=max(longer, 1 - longer), pairs=n), table
-
-
-def calibration(margin: Tensor, bins: int = 5) -> list:
-    """Is a probability of 80 % right in 80 % of the pairs? -> (probability, share, pairs) of bins
-
-    A pair is read from the side that the model prefers, so the probability is at least a half.
-    """
-    probability, right = margin.abs().sigmoid(), (1 + margin.sign()) / 2
-    at = ((probability - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    return [(probability[at == b].mean().item(), right[at == b].mean().item(), int((at == b).sum()))
-            for b in range(bins) if (at == b).any()]
+    margin, n = scores[chosen] - scores[rejected], len(chosen)
+    accuracy, longer = accuracy_of(margin).item(), accuracy_of(lengths[chosen] - lengths[rejected])
+    low, high = interval(accuracy * n, n)
+    return dict(accuracy=accuracy, accuracy_low=low, accuracy_high=high, pairs=n,
+                held_out_loss=bradley_terry_loss(scores[chosen], scores[rejected]).item(),
+                length_accuracy=max(longer, 1 - longer).item()), margin
 
 
 def interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:

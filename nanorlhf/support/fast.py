@@ -47,18 +47,56 @@ def chunks(logits, *others):
     return zip(*(x.split(n) for x in (logits, *others)))
 
 
-def decode(decoder, n):
-    """Up to n times decoder.step(), until every row has ended."""
-    step, device, compiled = decoder.step, decoder.tokens.device, decoder.model.compiled
-    for r in range(1, n + 1):
+class Decoder:
+    """generate.decode, one step at a time. Tensors change in place and nothing waits for the
+    device, so that a step can be captured as a CUDA graph."""
+
+    def __init__(self, sample, model, cache, tokens, prompt_len, uniforms, temperature, eos, pad):
+        self.sample, self.model, self.cache, self.tokens = sample, model, cache, tokens
+        self.temperature, self.eos, self.pad, self.uniforms = temperature, eos, pad, uniforms
+        self.rows = torch.arange(len(tokens), device=tokens.device)      # of tokens: ours to answer
+        self.token, self.at = tokens[:, 0].clone(), prompt_len - 1       # the last one, and where
+        self.r = torch.zeros(1, dtype=torch.long, device=tokens.device)  # tokens chosen so far
+        self.alive = torch.ones_like(self.rows, dtype=torch.bool)
+
+    def step(self):
+        """Read each row's last token, and choose the next."""
+        x = self.model.transformer(self.token[:, None], self.cache, self.at[:, None])
+        self.choose(x[:, 0])
+
+    def choose(self, hidden):
+        """hidden (B, C): the trunk's output at each row's last token"""
+        u = self.uniforms.index_select(1, self.r)                                           # (B, 1)
+        chosen = self.sample(self.model.head(hidden), self.temperature, u)
+        self.token.copy_(torch.where(self.alive, chosen, self.pad))
+        self.at += 1
+        self.r += 1
+        self.tokens[self.rows, self.at] = self.token
+        if self.eos is not None:
+            self.alive &= self.token != self.eos
+
+    def keep(self, rows):
+        """Continue with these rows only."""
+        self.cache.keep(rows)
+        self.rows, self.token, self.at = self.rows[rows], self.token[rows], self.at[rows]
+        self.alive, self.uniforms = self.alive[rows], self.uniforms[rows]
+
+
+def decode(sample, model, cache, hidden, tokens, *settings):
+    """generate.decode, as fast as the device allows. sample: generate.sample; then the same"""
+    decoder = Decoder(sample, model, cache, tokens, *settings)
+    decoder.choose(hidden)
+    step, device = decoder.step, tokens.device
+    for r in range(1, decoder.uniforms.shape[1]):
         if r % 8 == 0:                                   # not always: asking waits for the device
             if not decoder.alive.any():
                 break
             # A CPU need not go on with rows that have ended; a GPU is faster with constant shapes.
-            if device.type == "cpu" and not compiled and decoder.alive.float().mean() < 0.75:
+            if (device.type == "cpu" and not model.compiled
+                    and decoder.alive.float().mean() < 0.75):
                 decoder.keep(decoder.alive)
         step()
-        if r == 1 and compiled and device.type == "cuda":
+        if r == 1 and model.compiled and device.type == "cuda":
             step = captured(step)
 
 

@@ -1,0 +1,43 @@
+"""Comparisons, one group a prompt: each response is read once, however often it was compared.
+
+A group is (rows, pairs): the rows (tokens, prompt_len) of one prompt, and pairs of indices into
+them, the chosen row first. All pairs of a prompt share a batch (Ouyang et al. 2022, section 3.5).
+"""
+from nanorlhf.support import data
+
+
+def from_files(paths, tok, block_size):
+    """Comparisons that people made, of files. -> groups to learn from, held-out groups"""
+    records, counts = data.preferences(paths)
+    sides = [by_prompt(data.encode_pairs(side, tok, block_size, counts))
+             for side in data.split(records)]
+    print(f"data      {data.describe(counts)}")
+    return sides
+
+
+def by_prompt(pairs):
+    """Pairs of rows (chosen, rejected) -> groups, each response once"""
+    groups = {}
+    for pair in pairs:
+        tokens, prompt_len = pair[0]
+        rows, compared = groups.setdefault(tuple(tokens[:prompt_len]), ({}, []))
+        compared.append(tuple(rows.setdefault((tuple(t), n), len(rows)) for t, n in pair))
+    return [([(list(t), n) for t, n in rows], compared) for rows, compared in groups.values()]
+
+
+def flatten(groups):
+    """Groups -> all their rows, and where among them the chosen and the rejected stand"""
+    rows, chosen, rejected = [], [], []
+    for group, pairs in groups:
+        chosen += [len(rows) + i for i, _ in pairs]
+        rejected += [len(rows) + j for _, j in pairs]
+        rows += group
+    return rows, chosen, rejected
+
+
+def pairs_in(groups):
+    return sum(len(pairs) for _, pairs in groups)
+
+
+def longest_row(group):
+    return max(len(tokens) for tokens, _ in group[0])
