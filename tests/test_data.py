@@ -1,4 +1,4 @@
-"""Whatever is in a file ends up in a batch, in a count, or in an error that names the line."""
+"""What is in a file ends up in a batch, in a count, or in an error that names the line."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ from nanorlhf.support.data import (
 
 
 class Letters:
-    """A tokenizer to count on one's fingers: one token a letter."""
+    """A tokenizer with one token for each letter."""
 
     eos, pad = 0, 1
 
@@ -437,7 +437,7 @@ def test_nobody_waits_for_a_batch_that_cannot_come():
             next(endless(rows, batch_size, seed=1))
 
 
-def test_the_dice_of_the_run_are_left_alone():
+def test_the_random_state_of_the_run_is_left_alone():
     random.seed(0)
     before = random.getstate()
     next(endless(SEVEN, 3, seed=1))

@@ -1,14 +1,15 @@
-r"""Files of text, demonstrations and preferences in; checked, padded batches out.
+r"""Reads files of text, demonstrations and preferences, and makes padded batches of them.
 
-    records, counts = preferences(paths)              dicts; and what was left out, and why
-    train, held_out = split(records)                  no prompt stands on both sides
+    records, counts = preferences(paths)              counts: how many were left out, and why
+    train, held_out = split(records)                  no prompt is on both sides
     rows = encode_pairs(train, tokenizer, block_size, counts)
-    batches = endless(rows, batch_size, seed)         which rows go together
-    tokens, prompt_len, mask = collate(next(batches), pad)
+    batches = endless(rows, batch_size, seed)         epoch after epoch
+    tokens, prompt_len, mask = collate(rows, pad)     tensors
 
-Files are JSON Lines, plain or .gz, one record a line, recognised by its keys:
+Files are JSON Lines, plain or .gz: one JSON object, called a record, on each line. The keys tell
+what it is:
 
-    {"text"}                            plain text, a response to nothing
+    {"text"}                            plain text: a response without a prompt
     {"prompt", "response"}              a demonstration
     {"prompt", "chosen", "rejected"}    a preference; chosen also serves as a demonstration
     {"chosen", "rejected"}              the same as whole transcripts (Anthropic HH), of which the
@@ -17,54 +18,65 @@ Files are JSON Lines, plain or .gz, one record a line, recognised by its keys:
     {"prompt"}                          for prompts() only
 
 Each but text may be a list of {"role", "content"}, TRL's conversational form. A malformed line
-stops the run and is named; a record that is well formed and of no use is left out and counted.
+stops the run with an error that names it. A record that is well formed but of no use (a tie, an
+empty answer) is left out and counted.
 """
-
 import gzip
 import itertools
 import json
 import random
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from nanorlhf import UserError
+from nanorlhf.support import UserError
 
 ASSISTANT = "\n\nAssistant:"
 SPEAKER = {"system": "", "user": "\n\nHuman: ", "assistant": ASSISTANT + " "}
+Paths = Iterable[str | Path]
+Row = tuple[list[int], int]  # the tokens of prompt and response, and the length of the prompt
+Pair = tuple[Row, Row]  # chosen, rejected
 
 
-def demonstrations(paths):
-    """-> list of {"prompt", "response"}, counts"""
-    return collect(paths, demonstration)
+def demonstrations(paths: Paths) -> tuple[list[dict], Counter]:
+    """-> list of {"prompt", "response"}, counts. Raises UserError for a malformed line."""
+    kept, counts = collect(paths, 1, "an answer: text, messages, response, or chosen and rejected")
+    return [{"prompt": prompt, "response": answer} for [(prompt, answer)] in kept], counts
 
 
-def preferences(paths):
-    """-> list of {"prompt", "chosen", "rejected"}, counts"""
-    return collect(paths, preference)
+def preferences(paths: Paths) -> tuple[list[dict], Counter]:
+    """-> list of {"prompt", "chosen", "rejected"}, counts. Raises UserError likewise."""
+    kept, counts = collect(paths, 2, "two answers: chosen and rejected, with or without a prompt")
+    return [{"prompt": p, "chosen": c, "rejected": r} for (p, c), (_, r) in kept], counts
 
 
-def prompts(paths):
-    """-> list of distinct prompts, in the order of their first appearance, and counts"""
-    found, counts = collect(paths, prompt_alone)
-    distinct = list(dict.fromkeys(found))
+def prompts(paths: Paths) -> tuple[list[str], Counter]:
+    """-> distinct prompts, in the order of the files, and counts. Raises UserError likewise."""
+    kept, counts = collect(paths, 0, "a prompt, messages, or chosen and rejected")
+    distinct = list(dict.fromkeys(prompt for [(prompt, _)] in kept))
     counts["records"] = len(distinct)
-    counts["repeats"] = len(found) - len(distinct)
+    counts["repeats"] = len(kept) - len(distinct)
     return distinct, counts
 
 
-def collect(paths, convert):
-    """Convert every line of every file; keep what is good, count what is not."""
+def collect(paths, answers, expected):
+    """Records that must have 0, 1 or 2 answers -> the (prompt, answer) pairs of each, counts."""
     kept, counts = [], Counter()
     for path in paths:
         for where, fields in read_json_lines(path):
-            record, flaw = convert(fields, where)
-            if flaw:
-                counts[flaw] += 1
+            pairs = dialogues(fields, where)[: max(1, answers)]
+            missing = answers and None in [answer for _, answer in pairs]
+            if missing or len(pairs) < max(1, answers):
+                keys = ", ".join(fields) or "(none)"
+                raise UserError(f"{where}: expected {expected}; came the keys {keys}")
+            if problem := flaw(pairs, answers):
+                counts[problem] += 1
             else:
-                kept.append(record)
+                kept.append(pairs)
     counts["records"] = len(kept)
     if not kept:
         names = ", ".join(map(str, paths))
@@ -72,25 +84,42 @@ def collect(paths, convert):
     return kept, counts
 
 
-def describe(counts):
+def flaw(pairs, answers):
+    """What makes a record useless, or None."""
+    (prompt, first), (last_prompt, last) = pairs[0], pairs[-1]
+    if prompt != last_prompt:
+        return "forks"  # answers to different prompts cannot be compared
+    if len(pairs) == 2 and first == last:
+        return "ties"
+    if answers:
+        return None if first.strip() and last.strip() else "empty answers"
+    return None if prompt.strip() else "empty prompts"
+
+
+def describe(counts: Counter) -> str:
     """One line, such as: 6,240 records; left out: 34 ties, 1 fork; truncated: 411"""
-    said = {name: f"{n:,} {name[:-1] if n == 1 else name}" for name, n in counts.items() if n}
-    parts = [said.pop("records", "no records")]
-    truncated = [f"truncated: {counts['truncated']:,}"] if said.pop("truncated", None) else []
-    left_out = ["left out: " + ", ".join(said.values())] if said else []
-    return "; ".join(parts + left_out + truncated)
+    texts = {name: f"{n:,} {name[:-1] if n == 1 else name}" for name, n in counts.items() if n}
+    line = texts.pop("records", "no records")
+    truncated = texts.pop("truncated", None)
+    if texts:
+        line += "; left out: " + ", ".join(texts.values())
+    return line + f"; truncated: {counts['truncated']:,}" if truncated else line
 
 
-def read_json_lines(path, longest=2**26):
-    """Yield ("path:line", dict) a line. Never the whole file at once, nor a line without end."""
+def read_json_lines(path: str | Path, longest: int = 2**26) -> Iterator[tuple[str, dict]]:
+    """Yield ("path:line", object) for each line. The file is never in memory as a whole.
+
+    Raises UserError where the file cannot be read, or a line is no JSON object or is longer than
+    `longest` bytes.
+    """
     number = 0
     try:
         with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as lines:
-            # Bytes end a line at \n alone; text would, too, at a U+2028 inside a JSON string.
+            # Lines of bytes end at \n only; lines of text would also end at a U+2028 in a string.
             for number, line in enumerate(iter(lambda: lines.readline(longest), b""), 1):
                 if line.strip():
                     yield f"{path}:{number}", parse(line, f"{path}:{number}")
-    except (OSError, EOFError, zlib.error) as error:  # no such file; a gzip that is cut or damaged
+    except (OSError, EOFError, zlib.error) as error:  # no such file, or a .gz cut short or damaged
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}:{number + 1}: expected a file to read, came: {why}") from error
     if not number:
@@ -107,58 +136,28 @@ def parse(line, where):
     return fields
 
 
-def demonstration(fields, where):
-    """A line -> {"prompt", "response"} and its flaw. Of a preference, the chosen answer."""
-    prompt, response = dialogues(fields, where)[0]
-    if response is None:
-        raise unlike(fields, where, "an answer: text, messages, response, or chosen and rejected")
-    return {"prompt": prompt, "response": response}, None if response.strip() else "empty answers"
-
-
-def preference(fields, where):
-    """A line -> {"prompt", "chosen", "rejected"} and its flaw."""
-    pair = dialogues(fields, where)
-    if len(pair) < 2 or None in (pair[0][1], pair[1][1]):
-        raise unlike(fields, where, "two answers: chosen and rejected, with or without a prompt")
-    (prompt, chosen), (other_prompt, rejected) = pair
-    flaw = None
-    if prompt != other_prompt:
-        flaw = "forks"  # answers to different questions cannot be compared
-    elif chosen == rejected:
-        flaw = "ties"
-    elif not chosen.strip() or not rejected.strip():
-        flaw = "empty answers"
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}, flaw
-
-
-def prompt_alone(fields, where):
-    """A line -> its prompt and its flaw."""
-    prompt = dialogues(fields, where)[0][0]
-    return prompt, None if prompt.strip() else "empty prompts"
-
-
-def unlike(fields, where, expected):
-    return UserError(f"{where}: expected {expected}; came the keys {', '.join(fields) or '(none)'}")
-
-
 def dialogues(fields, where):
-    """A line -> (prompt, answer) pairs: one, or for a preference two, chosen first."""
+    """One line's object -> list of (prompt, answer): two for a preference, chosen first, else one.
+
+    The answer is None where there is only a prompt. The list is empty if no key is known.
+    """
     if fields.keys() >= {"chosen", "rejected"}:
-        answers = ["chosen", "rejected"]
+        keys = ["chosen", "rejected"]
     elif fields.keys() >= {"prompt", "response"}:
-        answers = ["response"]
+        keys = ["response"]
     else:
-        answers = [key for key in ("messages", "text", "prompt") if key in fields][:1]
-    if not answers:
-        raise unlike(fields, where, "text, messages, prompt and response, or chosen and rejected")
-    return [dialogue(fields, key, where) for key in answers]
+        keys = [key for key in ("messages", "text", "prompt") if key in fields][:1]
+    return [dialogue(fields, key, where) for key in keys]
 
 
 def dialogue(fields, key, where):
-    """The prompt, and the answer under `key`; None where there is a prompt and nothing else."""
+    """(prompt, answer), where the answer, or the whole conversation, is under this key."""
     if isinstance(fields[key], list):
         before = turns(fields, "prompt", where) if "prompt" in fields and key != "prompt" else []
-        return conversation(before + turns(fields, key, where))
+        messages = before + turns(fields, key, where)
+        if messages[-1]["role"] != "assistant":
+            return render(messages), None
+        return render(messages[:-1]), " " + messages[-1]["content"]
     text = string(fields, key, where)
     if key == "prompt":
         return text, None
@@ -166,28 +165,16 @@ def dialogue(fields, key, where):
         return "", text
     if "prompt" in fields:
         return string(fields, "prompt", where), text
-    # An answer may go on to speak for the human ("\n\nHuman:", twice in HH). That is a fault worth
-    # learning to reject, so it stays.
+    # An answer may go on to speak for the human ("\n\nHuman:", twice in HH). It is kept so: this is
+    # a fault that a reward model should learn to reject.
     prompt, mark, answer = text.rpartition(ASSISTANT)
     if not mark:
         raise UserError(f"{where}: expected {ASSISTANT!r} in {key}, came {text[:60]!r}")
     return prompt + mark, answer
 
 
-def conversation(messages):
-    """Turns -> prompt, and the last turn as the answer; None if it is not the assistant's."""
-    if messages[-1]["role"] != "assistant":
-        return render(messages), None
-    return render(messages[:-1]), " " + messages[-1]["content"]
-
-
-def render(messages):
-    """Turns in HH's form, up to where the assistant speaks next. A system message leads."""
-    return "".join(SPEAKER[turn["role"]] + turn["content"] for turn in messages) + ASSISTANT
-
-
 def turns(fields, key, where):
-    """The list under `key`, each turn checked."""
+    """The list of turns under this key, each of them checked."""
     if not isinstance(fields[key], list) or not fields[key]:
         raise UserError(f"{where}: expected {key} to be a list of turns, came {fields[key]!r:.60}")
     for i, turn in enumerate(fields[key]):
@@ -202,31 +189,35 @@ def string(fields, key, where):
     text = fields[key]
     if not isinstance(text, str):
         raise UserError(f"{where}: expected {key} to be a string, came {type(text).__name__}")
-    # JSON can spell half a surrogate pair; UTF-8 cannot, and printing it crashes. It becomes "?".
+    # JSON can spell half a surrogate pair. UTF-8 cannot, and printing it fails, so it becomes "?".
     return text.encode("utf-8", "replace").decode()
 
 
-def split(records, fraction=0.1):
-    """-> train, held_out
+def render(messages):
+    """Turns in the form of HH, up to the point where the assistant speaks next."""
+    return "".join(SPEAKER[turn["role"]] + turn["content"] for turn in messages) + ASSISTANT
 
-    A prompt's own hash decides, so it falls on the same side in every file, order and stage.
+
+def split(records: list[dict], fraction: float = 0.1) -> tuple[list[dict], list[dict]]:
+    """-> train, held_out: about this fraction of the prompts is held out.
+
+    The hash of a prompt decides, so it is on the same side in every file, order and stage. Raises
+    UserError where all prompts are the same.
     """
     # Plain text has no prompt: there the text decides.
     keys = [r["prompt"] or r.get("response") or r["chosen"] for r in records]
     hashes = [zlib.crc32(key.encode("utf-8", "replace")) for key in keys]
     if len(set(hashes)) < 2:
         raise UserError("expected two different prompts at least, one to hold out; came one")
-    limit = max(fraction * 2**32, min(hashes) + 1)  # however few there are, one is held out
-    sides = [], []
-    for record, number in zip(records, hashes, strict=True):
-        sides[number < limit].append(record)
-    return sides
+    limit = max(fraction * 2**32, min(hashes) + 1)  # one is held out, however few there are
+    train = [record for record, number in zip(records, hashes) if number >= limit]
+    return train, [record for record, number in zip(records, hashes) if number < limit]
 
 
-def encode(records, tokenizer, block_size, counts):
-    """Demonstrations -> rows (tokens, prompt_len). The response ends with the end token.
+def encode(records: list[dict], tokenizer, block_size: int, counts: Counter) -> list[Row]:
+    """Demonstrations -> rows of at most block_size tokens. The response ends with the end token.
 
-    Plain text has the end token for a prompt, as in GPT-2, and becomes as many rows as it takes.
+    Plain text has the end token for a prompt, as in GPT-2, and becomes as many rows as it needs.
     """
     rows = []
     for record in records:
@@ -235,14 +226,14 @@ def encode(records, tokenizer, block_size, counts):
         if prompt:
             rows += fit(prompt, [response], block_size, counts)
         else:
-            # Rows overlap by one token: each token of the text is predicted once, and only once.
+            # A row begins with the last token of the row before: each token is predicted once.
             tokens, starts = [tokenizer.eos, *response], range(0, len(response), block_size - 1)
             rows += [(tokens[start : start + block_size], 1) for start in starts]
     return rows
 
 
-def encode_pairs(records, tokenizer, block_size, counts):
-    """Preferences -> (chosen_row, rejected_row) pairs with the same prompt, token for token."""
+def encode_pairs(records: list[dict], tokenizer, block_size: int, counts: Counter) -> list[Pair]:
+    """Preferences -> (chosen, rejected) pairs of rows, both with the same prompt tokens."""
     pairs = []
     for record in records:
         prompt = tokenizer.encode(record["prompt"]) or [tokenizer.eos]
@@ -251,20 +242,11 @@ def encode_pairs(records, tokenizer, block_size, counts):
     return pairs
 
 
-def encode_prompts(prompts, tokenizer, max_prompt_len, counts):
-    """-> list of token lists. A long one loses its beginning: the question stands at the end."""
-    if max_prompt_len < 1:
-        raise UserError(f"expected room for a prompt of one token at least, came {max_prompt_len}")
-    rows = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
-    counts["truncated"] += sum(len(row) > max_prompt_len for row in rows)
-    return [row[-max_prompt_len:] for row in rows]
-
-
 def fit(prompt, responses, block_size, counts):
-    """One row a response, all with the same prompt tokens, none longer than block_size.
+    """One row for each response, all with the same prompt tokens, none longer than block_size.
 
-    The prompt gives way first, from its left. A response too long by itself loses its right, and
-    with it the end token: what is left of it has not ended.
+    The prompt is cut first, on its left. A response that is too long by itself is cut on its right
+    and so loses its end token: what is left of it has not ended.
     """
     kept = [response[: block_size - 1] for response in responses]
     room = block_size - max(map(len, kept))
@@ -273,25 +255,24 @@ def fit(prompt, responses, block_size, counts):
     return [(prompt + response, len(prompt)) for response in kept]
 
 
-def by_length(rows, batch_size, rng, length):
-    """Shuffled batches of indices, each row once, similar lengths together to save on padding.
+def encode_prompts(prompts: list[str], tokenizer, longest: int, counts: Counter) -> list[list[int]]:
+    """-> tokens of each prompt. A long one is cut on its left, as the question is at its end.
 
-    Sorted as a whole, the batches would be the same in every epoch; sorted 32 batches at a time,
-    they are left to chance. rng is a random.Random, length a function of a row.
+    Raises UserError where longest is below 1.
     """
-    order = rng.sample(range(len(rows)), len(rows))
-    batches = []
-    for start in range(0, len(order), 32 * batch_size):
-        window = sorted(order[start : start + 32 * batch_size], key=lambda i: length(rows[i]))
-        batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
-    rng.shuffle(batches)
-    return batches
+    if longest < 1:
+        raise UserError(f"expected room for a prompt of one token at least, came {longest}")
+    rows = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
+    counts["truncated"] += sum(len(row) > longest for row in rows)
+    return [row[-longest:] for row in rows]
 
 
-def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
-    """Batches of rows, epoch after epoch; those before step `start` are passed over.
+def endless(rows: list, batch_size: int, seed: int, start: int = 0,
+            length: Callable = lambda row: len(row[0])) -> Iterator[list]:
+    """Yield batches of rows, epoch after epoch, without those before step `start`.
 
-    An epoch's order depends on the seed and its number alone, so a resumed run goes on as it was.
+    The order of an epoch depends only on the seed and its number, so a resumed run goes on as if it
+    had not stopped. Raises UserError where there are no rows, or batch_size is below 1.
     """
     if not rows or batch_size < 1:
         raise UserError(f"expected rows, and a batch size of at least 1; "
@@ -303,15 +284,30 @@ def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
         start = max(0, start - len(batches))
 
 
-def in_parts(rows, size):
-    """Rows, `size` at a time; all at once if size is 0."""
+def by_length(rows, batch_size, rng, length):
+    """Shuffled batches of indices. Rows of similar length are together, to save on padding.
+
+    If all rows were sorted at once, every epoch would have the same batches, so only 32 batches are
+    sorted at a time. rng is a random.Random, length a function of a row.
+    """
+    order = rng.sample(range(len(rows)), len(rows))
+    batches = []
+    for start in range(0, len(order), 32 * batch_size):
+        window = sorted(order[start : start + 32 * batch_size], key=lambda i: length(rows[i]))
+        batches += in_parts(window, batch_size)
+    rng.shuffle(batches)
+    return batches
+
+
+def in_parts(rows, size: int) -> Iterator:
+    """Yield `size` rows at a time, or all of them if size is 0. rows: a list or a tensor"""
     size = size or max(1, len(rows))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
-def collate(rows, pad, device="cpu"):
-    """Rows (tokens, prompt_len) -> tokens (B, T), prompt_len (B,), mask (B, R)"""
+def collate(rows: list[Row], pad: int, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Rows -> tokens (B, T), prompt_len (B,), mask (B, R), which is True for response tokens."""
     T = max(len(tokens) for tokens, _ in rows)
     tokens = torch.tensor([tokens + [pad] * (T - len(tokens)) for tokens, _ in rows])
     prompt_len = torch.tensor([prompt_len for _, prompt_len in rows])
