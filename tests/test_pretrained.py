@@ -18,7 +18,7 @@ import train_sft
 from nanorlhf import UserError, evaluate, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.sft import SFTConfig
-from nanorlhf.support import pretrained
+from nanorlhf.support import bpe_files, pretrained
 
 CONTENT = random.Random(0).randbytes(300_000)
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -318,8 +318,8 @@ def test_sft_begins_with_gpt2_and_evaluate_compares_with_it(
     if init == "folder":
         init = str(tmp_path / "theirs")
         tok.save(init)
-        vocab = tokenizer.spell_vocab(tok.ranks)
-        del vocab[tokenizer.PAD]
+        vocab = bpe_files.spell_vocab(tok.ranks)
+        del vocab[bpe_files.PAD]
         (tmp_path / "theirs" / "vocab.json").write_text(json.dumps(vocab))
     out, demos = str(tmp_path / "out"), tmp_path / "demos.jsonl"
     records = [dict(prompt=f"{i} and {i} make", response=f" {2 * i}") for i in range(30)]
@@ -343,6 +343,8 @@ def test_sft_begins_with_gpt2_and_evaluate_compares_with_it(
 def test_models_with_two_vocabularies_cannot_be_compared(tmp_path):
     for name, text in ("a", "ab ab"), ("b", "cd cd"):
         tokenizer.learn([text], 259).save(tmp_path / name)
-    cfg = evaluate.EvaluateConfig(str(tmp_path / "a"), str(tmp_path / "b"), device="cpu")
+    cfg = evaluate.EvaluateConfig(
+        policy=str(tmp_path / "a"), against=str(tmp_path / "b"), device="cpu"
+    )
     with pytest.raises(UserError, match="expected two models with one tokenizer"):
         evaluate.main(cfg)

@@ -12,8 +12,9 @@ import torch
 from nanorlhf import UserError
 from nanorlhf.model import GPTConfig, ScalarGPT
 from nanorlhf.reward import score
+from nanorlhf.support.bpe_files import BYTES, apply_merges
 from nanorlhf.support.data import collate
-from nanorlhf.tokenizer import BYTES, apply_merges, learn, load, merge_pair
+from nanorlhf.tokenizer import learn, load, merge_pair
 
 STORY = "the cat sat on the mat, the cat saw the other cat; it's 1999 and the cat isn't there\n" * 3
 
