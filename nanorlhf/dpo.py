@@ -22,7 +22,7 @@ from nanorlhf.reward import accuracy_of, bradley_terry_loss
 from nanorlhf.support import loop, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.data import collate
-from nanorlhf.support.groups import flatten, from_files, longest_row, pairs_in
+from nanorlhf.support.groups import flatten, from_files, pairs_in, rows_of
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -79,12 +79,8 @@ def train(policy: GPT, reference: GPT, groups: list, pad: int, cfg: DPOConfig, l
     def loss_fn(groups):
         return loss_of(policy, reference, groups, pad, cfg.beta)
 
-    for batch in loop.batches(groups, steps, parts, loop.linear, cfg, log, state,
-                              length=longest_row):
-        metrics = loop.step(loss_fn, batch, pairs_in, parts, cfg)
-        log.batch = flatten(batch)[0]
-        state["tokens"] += sum(len(tokens) for tokens, _ in log.batch)
-        log.write(state["step"], **metrics)
+    for batch in loop.batches(groups, steps, parts, loop.linear, cfg, log, state, rows_of):
+        log.write(state["step"], **loop.step(loss_fn, batch, pairs_in, parts, cfg))
     return dict(steps=steps, tokens=state["tokens"])
 
 

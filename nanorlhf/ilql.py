@@ -126,12 +126,10 @@ def train(model: QGPT, rows: list, scores: list, pad: int, cfg: ILQLConfig, log)
     def response_len(batch):
         return sum(len(tokens) - prompt_len for (tokens, prompt_len), _ in batch)
 
-    for batch in loop.batches(list(zip(rows, scores, strict=True)), steps, parts, loop.linear, cfg,
-                              log, state, length=lambda pair: len(pair[0][0])):
+    for batch in loop.batches([*zip(rows, scores, strict=True)], steps, parts, loop.linear, cfg,
+                              log, state, rows_of=lambda pair: [pair[0]]):
         metrics = loop.step(loss_fn, batch, response_len, parts, cfg)
         follow(model, cfg.polyak)
-        log.batch = [row for row, _ in batch]
-        state["tokens"] += response_len(batch)
         log.write(state["step"], **metrics)
     model.beta.fill_(cfg.beta)
     return dict(steps=steps, tokens=state["tokens"])

@@ -247,13 +247,14 @@ def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, 
     reference.requires_grad_(False)
 
     for batch in loop.batches(prompts, cfg.steps, networks | optimizers, loop.linear, cfg, log,
-                              state, batch_size=cfg.batch_size // cfg.responses, length=len):
+                              state, lambda prompt: [(prompt, len(prompt))],
+                              cfg.batch_size // cfg.responses):
         began, kl_coef = time.perf_counter(), state["kl_coef"]
         rollout = collect(policy, reference, critic, score, batch, cfg, kl_coef, eos, pad)
         metrics = summarise(rollout) | update(policy, critic, optimizers, rollout, cfg)
 
         tokens = rollout.mask.sum().item()
-        log.batch = zip(rollout.tokens, rollout.prompt_len)
+        log.batch = zip(rollout.tokens, rollout.prompt_len)      # the prompts, with their responses
         log.write(state["step"], **metrics, kl_coef=kl_coef,
                   tokens_per_s=tokens / (time.perf_counter() - began))
         state |= dict(tokens=state["tokens"] + tokens, score=metrics["score"], kl=metrics["kl"],

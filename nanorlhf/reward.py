@@ -19,7 +19,7 @@ from nanorlhf.model import GPT, ScalarGPT
 from nanorlhf.support import UserError, loop, user_code
 from nanorlhf.support.config import TrainConfig, autocast
 from nanorlhf.support.data import collate, in_parts
-from nanorlhf.support.groups import flatten, longest_row, pairs_in
+from nanorlhf.support.groups import flatten, pairs_in, rows_of
 
 
 @dataclass
@@ -110,13 +110,9 @@ def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
         margin = scores[chosen] - scores[rejected]
         return loss, dict(loss=loss, accuracy=accuracy_of(margin), margin=margin.mean())
 
-    for batch in loop.batches(groups, steps, parts, loop.linear, cfg, log, state,
-                              length=longest_row):
+    for batch in loop.batches(groups, steps, parts, loop.linear, cfg, log, state, rows_of):
         model.train()
-        metrics = loop.step(loss_fn, batch, pairs_in, parts, cfg)
-        log.batch = flatten(batch)[0]
-        state["tokens"] += sum(len(tokens) for tokens, _ in log.batch)
-        log.write(state["step"], **metrics)
+        log.write(state["step"], **loop.step(loss_fn, batch, pairs_in, parts, cfg))
     model.eval()
     return dict(steps=steps, tokens=state["tokens"])
 
@@ -144,7 +140,7 @@ def normalise(model: ScalarGPT, rows: list, pad: int, dtype: str) -> tuple[float
 def report(score, groups: list, pad: int, device, dtype: str) -> tuple[dict, Tensor]:
     """What held-out comparisons say of a score function. -> metrics, the margin of each pair"""
     rows, chosen, rejected = flatten(groups)
-    scores = score_rows(score, rows, pad, device, dtype).cpu()
+    scores = score_rows(score, rows, pad, device, dtype).cpu().double()
     lengths = torch.tensor([float(len(tokens)) for tokens, _ in rows])
     margin, n = scores[chosen] - scores[rejected], len(chosen)
     accuracy, longer = accuracy_of(margin).item(), accuracy_of(lengths[chosen] - lengths[rejected])

@@ -58,7 +58,6 @@ def train(model: GPT, rows: list, held_out: list, pad: int, cfg: SFTConfig, log)
         metrics, done = loop.step(loss_fn, batch, response_len, parts, cfg), state["step"] + 1
         if done % cfg.save_every == 0 or done == cfg.steps:
             metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg)
-        log.batch, state["tokens"] = batch, state["tokens"] + response_len(batch)
         log.write(state["step"], **metrics)
     final = held_out_loss(model, held_out, pad, cfg)
     return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=state["tokens"])

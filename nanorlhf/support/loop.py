@@ -41,24 +41,30 @@ def cosine(step, steps, warmup):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def batches(rows, steps, parts, schedule, cfg, log, state, batch_size=0,
-            length=lambda row: len(row[0])):
+def batches(items, steps, parts, schedule, cfg, log, state, rows_of=lambda row: [row],
+            batch_size=0):
     """Yield the batch of every step that is left to do; the caller makes the step.
 
     Before each step the learning rates are set, after it everything is saved if that is due.
-    `state` is changed in place: its "step" counts the steps that are done.
+    `state` is changed in place: "step" counts the steps that are done, "tokens" what was read.
 
-    schedule: linear or cosine, of the learning rates; batch_size: cfg.batch_size if 0;
-    length: row -> tokens, so that rows of similar length share a batch
+    schedule: linear or cosine; rows_of: item of a batch -> its rows (tokens, prompt_len);
+    batch_size: in items, cfg.batch_size if 0
     """
+    def length(item):                     # items of similar length share a batch
+        return max(len(tokens) for tokens, _ in rows_of(item))
+
     if cfg.resume:
         state |= checkpoint.load_state(cfg.out, parts)
-    source = endless(rows, batch_size or cfg.batch_size, cfg.seed, state["step"], length)
+    source = endless(items, batch_size or cfg.batch_size, cfg.seed, state["step"], length)
     for number in log.steps(state["step"], steps):
         for optimizer in optimizers(parts).values():
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(number, steps, cfg.warmup)
-        yield next(source)
+        batch = next(source)
+        log.batch = [row for item in batch for row in rows_of(item)]
+        state["tokens"] += sum(len(tokens) for tokens, _ in log.batch)
+        yield batch
         state["step"] = number + 1
         if log.due(state["step"], cfg.save_every):
             checkpoint.save_state(cfg.out, parts, **state)
