@@ -1,13 +1,12 @@
-"""The built-in world: someone wants a story, authors of mixed skill write, annotators compare.
+"""The built-in environment: requests for stories, authors who write them, annotators who compare.
 
     request  "Write a spooky story about a fox, a lantern and the harbor."
     story    " One evening a crooked fox crept to the harbor. There the fox found a lantern full of
               whispers. The fox shivered and howled with the lantern. The end."
 
-Everything here is made from a seed by the grammar below; nothing is read from a file. What makes
-it a laboratory is `gold`: the true reward, a sum of named parts that can be printed one by one.
-Training never sees it. Training sees demonstrations by authors who are often careless, and the
-choices of annotators who are often wrong, at a rate that is known.
+Everything is made from a seed by the grammar below, and no file is read. The true reward (`gold`)
+is known: it is a sum of named parts. Training never sees it. Training sees demonstrations by
+authors who are often careless, and choices by annotators who are often wrong, at a known rate.
 """
 import math
 import random
@@ -16,25 +15,28 @@ import zlib
 from dataclasses import dataclass, field
 from itertools import combinations, product
 
-from nanorlhf import UserError
+from nanorlhf.support import UserError
 
 # --- the words -----------------------------------------------------------------------------------
+# {slot: words}; a slot is a place in a sentence template that a word fills.
 
-HEROES = ("badger bear camel cat dragon duck fox frog goat hen lion mole monkey mouse penguin pig "
-          "rabbit seal tiger wolf").split()
-THINGS = ("balloon basket bell blanket broom candle clock crown drum feather flute kettle kite "
-          "lantern letter map mirror pillow sword trumpet").split()
-PLACES = ("attic bakery barn beach bridge castle cave circus desert forest garden harbor island "
-          "library market meadow museum palace station village").split()
-SPOTS = "bench bush door fence gate hedge rock stone tree wall".split()
-ASIDES = dict(food="cheese butter sugar flour soup pepper salad mustard".split(),
-              relative="cousin uncle aunt nephew brother sister neighbor dentist".split(),
-              number="two three four five six seven nine ten".split(),
-              trouble="bills taxes parcels stairs meetings printers windows socks".split())
-TIMES = ["One morning", "One evening", "Long ago", "Last winter", "Last summer", "On Sunday",
-         "Today"]
+NOUNS = dict(
+    hero="badger bear camel cat dragon duck fox frog goat hen lion mole monkey mouse penguin pig "
+         "rabbit seal tiger wolf".split(),
+    thing="balloon basket bell blanket broom candle clock crown drum feather flute kettle kite "
+          "lantern letter map mirror pillow sword trumpet".split(),
+    place="attic bakery barn beach bridge castle cave circus desert forest garden harbor island "
+          "library market meadow museum palace station village".split())
+OTHERS = dict(
+    spot="bench bush door fence gate hedge rock stone tree wall".split(),
+    time=["One morning", "One evening", "Long ago", "Last winter", "Last summer", "On Sunday",
+          "Today"],
+    food="cheese butter sugar flour soup pepper salad mustard".split(),
+    relative="cousin uncle aunt nephew brother sister neighbor dentist".split(),
+    number="two three four five six seven nine ten".split(),
+    trouble="bills taxes parcels stairs meetings printers windows socks".split())
 
-# What a word is for decides where it may stand; its mood decides whether it was wanted there.
+# In these slots a word has a mood, or is plain. A story should have words of the requested mood.
 MOODS = {
     "cheerful": dict(look="bright golden jolly merry sunny cozy happy lovely",
                      go="danced skipped bounced twirled hopped sailed",
@@ -62,13 +64,15 @@ PLAIN = dict(look="small plain new big common tall dry long",
              feel="stones people grass dust sand leaves",
              do="waited stood looked sat rested ate",
              how="slowly quietly again later soon")
-MOODS, PLAIN = ({mood: {slot: words.split() for slot, words in slots.items()}
-                 for mood, slots in MOODS.items()},
-                {slot: words.split() for slot, words in PLAIN.items()})
-TIRED = "gloomy"            # nobody asks for it; it is what an author in low spirits falls into
-WANTED = [mood for mood in MOODS if mood != TIRED]
+MOODS = {mood: {slot: words.split() for slot, words in slots.items()}
+         for mood, slots in MOODS.items()}
+PLAIN = {slot: words.split() for slot, words in PLAIN.items()}
+UNWANTED = "gloomy"         # no prompt requests this mood; a careless author writes it by mistake
+WANTED = [mood for mood in MOODS if mood != UNWANTED]
 MOOD_OF = {word: mood for mood, slots in MOODS.items() for words in slots.values()
            for word in words}
+WORDS = NOUNS | OTHERS | {slot: PLAIN[slot] + [word for mood in MOODS.values()
+                                               for word in mood[slot]] for slot in PLAIN}
 
 # --- the sentences -------------------------------------------------------------------------------
 
@@ -95,61 +99,56 @@ DIGRESSIONS = [" Mix {number} eggs with {food} and bake it for an hour.",
 THE_END = " The end."
 
 
-def _words_for(slot):
-    """Every word that may stand in a slot, whatever its mood."""
-    nouns = dict(hero=HEROES, thing=THINGS, place=PLACES, spot=SPOTS, time=TIMES, **ASIDES)
-    return nouns.get(slot) or PLAIN[slot] + [w for mood in MOODS.values() for w in mood[slot]]
+def _pattern(template):
+    """The regular expression of all sentences that a template can write."""
+    pattern = re.sub(r"\\{(\w+)\\}", lambda slot: f"(?:{'|'.join(WORDS[slot[1]])})",
+                     re.escape(template.strip()))
+    return re.compile(pattern, re.IGNORECASE)
 
 
-def _recogniser(template):
-    """The template that writes a sentence, turned around into the pattern that recognises it."""
-    pattern = re.sub(r"\\{(\w+)\\}", lambda m: "(?:" + "|".join(_words_for(m[1])) + ")",
-                     re.escape(template).strip())
-    return re.compile(pattern.replace(r"\ ", " "), re.IGNORECASE)
-
-
-SENTENCES = [_recogniser(t.strip())
-             for t in OPENINGS + FINDINGS + MIDDLES + HOMECOMINGS + DIGRESSIONS + [THE_END]]
+SENTENCES = [_pattern(template) for template in
+             OPENINGS + FINDINGS + MIDDLES + HOMECOMINGS + DIGRESSIONS + [THE_END]]
 
 
 # --- requests ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Request:
-    """What the prompt asks for."""
+    """What the prompt asks for. str(request) is the prompt."""
     mood: str
     hero: str
     thing: str
     place: str
 
-    def __str__(self):
-        """The same request is always asked in the same way, so that prompts can be told apart."""
+    def __str__(self) -> str:
+        """The same request always has the same wording, so two prompts are never one request."""
         which = zlib.crc32(repr(self).encode()) % len(REQUESTS)
         return REQUESTS[which].format(**vars(self))
 
     @property
-    def held_out(self):
-        """One request in ten is kept for evaluation; no stage ever trains on it."""
+    def held_out(self) -> bool:
+        """One request in ten is kept for evaluation; no stage trains on it."""
         return zlib.crc32(f"held out? {self!r}".encode()) % 10 == 0
 
     @classmethod
-    def parse(cls, prompt):
-        """The request behind a prompt; UserError where it is not one of this world's."""
+    def parse(cls, prompt: str) -> "Request":
+        """The request behind a prompt. Raises UserError where the prompt is not one of ours."""
         words = re.findall(r"\w+", prompt)
-        found = {slot: next((w for w in words if w in known), None) for slot, known in
-                 dict(mood=WANTED, hero=HEROES, thing=THINGS, place=PLACES).items()}
-        if None in found.values():
-            raise UserError(f"the built-in reward judges requests like {str(EXAMPLE).strip()!r}, "
+        slots = {slot: next((word for word in words if word in known), None)
+                 for slot, known in dict(mood=WANTED, **NOUNS).items()}
+        if None in slots.values():
+            example = str(cls("spooky", "fox", "lantern", "harbor")).strip()
+            raise UserError(f"the built-in reward judges requests like {example!r}, "
                             f"not {prompt.strip()[:80]!r}")
-        return cls(**found)
+        return cls(**slots)
 
 
-EXAMPLE = Request("spooky", "fox", "lantern", "harbor")
+def prompts(n: int, seed: int = 0, held_out: bool = False) -> list[str]:
+    """n distinct prompts, the same for the same seed, of the training or of the held-out ones.
 
-
-def prompts(n, seed=0, held_out=False):
-    """n distinct prompts, the same for the same seed; held-out ones are never among the others."""
-    requests = [Request(*words) for words in product(WANTED, HEROES, THINGS, PLACES)]
+    Raises UserError where there are fewer than n.
+    """
+    requests = [Request(*words) for words in product(WANTED, *NOUNS.values())]
     requests = [request for request in requests if request.held_out == held_out]
     if n > len(requests):
         kind = "held-out" if held_out else "training"
@@ -159,137 +158,134 @@ def prompts(n, seed=0, held_out=False):
 
 # --- authors -------------------------------------------------------------------------------------
 
-def write(request, rng, care=None):
-    """One author's story. care in [0, 1] is the author's skill; by default authors differ.
+def demonstrations(n: int, seed: int = 0, held_out: bool = False) -> list[dict[str, str]]:
+    """n records {"prompt", "response"}, each response by an author of another skill."""
+    rng = random.Random(f"authors {seed}")
+    return [dict(prompt=prompt, response=write(Request.parse(prompt), rng))
+            for prompt in prompts(n, seed, held_out)]
 
-    A careless author forgets the hero, misses the mood, prefers plain words, repeats himself,
-    rambles, drops a word, or stops in the middle. Each of these has its own part in `gold`.
+
+def write(request: Request, rng: random.Random, care: float | None = None) -> str:
+    """One author's story. care in [0, 1] is the skill of the author; by default it is random.
+
+    A careless author forgets the hero, misses the mood, uses plain words, repeats a sentence,
+    digresses, drops a word, or stops before the end. Each mistake lowers its own part of `gold`.
     """
     care = rng.random() if care is None else care
 
     def slips(rate):
-        return rng.random() < 2 * rate * (1 - care)       # an author of middling care slips at it
+        """Whether a mistake happens that an author of care 0.5 makes at this rate."""
+        return rng.random() < 2 * rate * (1 - care)
 
-    nouns = dict(hero=rng.choice(HEROES) if slips(.08) else request.hero,
-                 thing=rng.choice(THINGS) if slips(.08) else request.thing,
-                 place=rng.choice(PLACES) if slips(.08) else request.place)
-    mood = rng.choice([TIRED, TIRED, TIRED, *WANTED]) if slips(.30) else request.mood
-    vivid = .25 + .5 * care
+    nouns = {slot: rng.choice(words) if slips(.08) else getattr(request, slot)
+             for slot, words in NOUNS.items()}
+    mood = rng.choice([UNWANTED, UNWANTED, UNWANTED, *WANTED]) if slips(.30) else request.mood
+    vivid = .25 + .5 * care                       # how often a word has a mood and is not plain
 
     middles = rng.sample(MIDDLES, 1)
-    if slips(.12):
-        middles += rng.choices(MIDDLES, k=rng.randint(2, 3))                         # rambles
-    sentences = [_fill(t, nouns, mood, vivid, rng)
-                 for t in (rng.choice(OPENINGS), rng.choice(FINDINGS), *middles,
-                           rng.choice(HOMECOMINGS))] + [THE_END]
+    if slips(.12):                                                              # a long middle
+        middles += rng.choices(MIDDLES, k=rng.randint(2, 3))
+    templates = rng.choice(OPENINGS), rng.choice(FINDINGS), *middles, rng.choice(HOMECOMINGS)
+    sentences = [_fill(template, nouns, mood, vivid, rng) for template in templates] + [THE_END]
     for _ in range(3):
-        if slips(.28):
-            sentences.insert(rng.randrange(1, len(sentences)),
-                             _fill(rng.choice(DIGRESSIONS), nouns, mood, vivid, rng))  # wanders off
-    if slips(.15):
+        if slips(.28):                                                          # a digression
+            at = rng.randrange(1, len(sentences))
+            sentences.insert(at, _fill(rng.choice(DIGRESSIONS), nouns, mood, vivid, rng))
+    if slips(.15):                                                              # a repetition
         at = rng.randrange(1, len(sentences))
-        sentences[at:at] = [sentences[at - 1]]                                      # repeats itself
-    story = "".join(sentences)
-    if slips(.15):
-        words = story.split(" ")
-        del words[rng.randrange(2, len(words) - 2)]                                  # drops a word
-        story = " ".join(words)
-    if slips(.25):
-        story = " ".join(story.split(" ")[:-rng.randint(3, 12)])                    # stops half-way
-    return story
+        sentences.insert(at, sentences[at - 1])
+    words = "".join(sentences).split(" ")         # the first is empty: a story begins with a space
+    if slips(.15):                                                              # a word missing
+        del words[rng.randrange(2, len(words) - 2)]
+    if slips(.25):                                                              # cut off
+        words = words[:-rng.randint(3, 12)]
+    return " ".join(words)
 
 
 def _fill(template, nouns, mood, vivid, rng):
-    """A sentence: nouns as given, other words in the mood, or plain where the author is dull."""
+    """A sentence with these nouns; other words have the mood with probability `vivid`."""
     def word(match):
         slot = match[1]
         if slot in nouns:
             return nouns[slot]
-        if slot not in PLAIN:
-            return rng.choice(_words_for(slot))
+        if slot in OTHERS:
+            return rng.choice(OTHERS[slot])
         return rng.choice((MOODS[mood] if rng.random() < vivid else PLAIN)[slot])
     sentence = re.sub(r"\{(\w+)\}", word, template)
     return sentence[:2].upper() + sentence[2:]                           # [0] is the leading space
 
 
-def demonstrations(n, seed=0, held_out=False):
-    """n records {"prompt", "response"} by authors of mixed skill: fair on average."""
-    rng = random.Random(f"authors {seed}")
-    return [dict(prompt=p, response=write(Request.parse(p), rng))
-            for p in prompts(n, seed, held_out)]
+# --- the true reward -----------------------------------------------------------------------------
+
+def gold(prompt: str, response: str) -> float:
+    """The true reward, from about -4 to 7.5. Training never sees it."""
+    return sum(parts(prompt, response).values())
 
 
-# --- the truth -----------------------------------------------------------------------------------
+def parts(prompt: str, response: str) -> dict[str, float]:
+    """What is good and bad about a story: {name: part of the true reward}.
 
-def parts(prompt, response):
-    """What is good and bad about a story, part by part. -> {name: float}; their sum is `gold`."""
+    Raises UserError where the prompt is not one of this environment's.
+    """
     request = Request.parse(prompt)
     words = re.findall(r"\w+", response.lower())
     sentences = [s.strip() for s in re.findall(r"[^.?]+[.?]?", response) if s.strip()]
-    moods = {w: MOOD_OF[w] for w in words if w in MOOD_OF}    # distinct: saying it twice is no gain
-    asked = {request.hero, request.thing, request.place}
+    moods = {w: MOOD_OF[w] for w in words if w in MOOD_OF}     # distinct: repetition gains nothing
     fitting = sum(mood == request.mood for mood in moods.values())
+    asked = {request.hero, request.thing, request.place}
+    nouns = {slot: _mean([w == getattr(request, slot) for w in words if w in known]) / 2
+             for slot, known in NOUNS.items()}     # hero: the share of the right one among heroes
     return dict(
-        subject=3 * _mean([not asked.isdisjoint(re.findall(r"\w+", x)) for x in sentences
-                           if x != THE_END.strip()]),
-        hero=_share(request.hero, HEROES, words) / 2,
-        thing=_share(request.thing, THINGS, words) / 2,
-        place=_share(request.place, PLACES, words) / 2,
+        subject=3 * _mean([not asked.isdisjoint(re.findall(r"\w+", s)) for s in sentences
+                           if s != THE_END.strip()]),
+        **nouns,
         mood=max(-1, min(1, (2 * fitting - len(moods)) / 7)),   # up to seven words in the mood
-        grammar=_mean([any(s.fullmatch(x) for s in SENTENCES) for x in sentences]),
-        freshness=-2 * (1 - _mean([x not in sentences[:i] for i, x in enumerate(sentences)])),
-        length=-min(2, max(0, len(words) - 45, 25 - len(words)) / 10),   # 25 to 45 words please
+        grammar=_mean([any(form.fullmatch(s) for form in SENTENCES) for s in sentences]),
+        freshness=-2 * (1 - _mean([s not in sentences[:i] for i, s in enumerate(sentences)])),
+        length=-min(2, max(0, len(words) - 45, 25 - len(words)) / 10),   # 25 to 45 words are right
         ending=float(response.endswith(THE_END)),
     )
-
-
-def _share(wanted, kind, words):
-    """Of the words of one kind, which share is the one that was asked for? None said is 0."""
-    return _mean([w == wanted for w in words if w in kind])
 
 
 def _mean(flags):
     return sum(flags) / len(flags) if flags else 0.0
 
 
-def gold(prompt, response):
-    """The true reward, from about -4 to 7.5. Training never sees it."""
-    return sum(parts(prompt, response).values())
-
-
 # --- annotators ----------------------------------------------------------------------------------
 
 @dataclass
 class Annotator:
-    """Chooses between two responses by Bradley-Terry on the true reward, as people do: noisily.
+    """Chooses between two responses by Bradley-Terry on the true reward, and so errs at times.
 
     P(first is chosen) = sigmoid((reward of first - reward of second) / temperature)
     """
-    temperature: float = 1.0      # 0: never wrong; the larger, the noisier
-    likes_length: float = 0.0     # bias: reward for each extra word
+    temperature: float = 1.0      # 0: never wrong; the higher, the more often wrong
+    likes_length: float = 0.0     # bias: reward for each word
     likes_first: float = 0.0      # bias: reward for standing first
-    taste: dict = field(default_factory=dict)    # part -> weight, where this person's differ from 1
+    taste: dict = field(default_factory=dict)    # {part: weight}, for weights other than 1
 
-    def reward(self, prompt, response):
-        """What this person feels: the true parts in the person's own weights, and the bias."""
-        felt = sum(self.taste.get(name, 1) * x for name, x in parts(prompt, response).items())
-        return felt + self.likes_length * len(response.split())
+    def reward(self, prompt: str, response: str) -> float:
+        """The reward as this annotator sees it: the true parts in other weights, and the bias."""
+        weighted = sum(self.taste.get(name, 1) * x for name, x in parts(prompt, response).items())
+        return weighted + self.likes_length * len(response.split())
 
-    def prefers_first(self, margin):
-        """Reward of the first minus that of the second -> P(the first is chosen)."""
+    def prefers_first(self, margin: float) -> float:
+        """Reward of the first minus reward of the second -> P(first is chosen)."""
         margin += self.likes_first
         if self.temperature == 0:
             return 0.5 if margin == 0 else float(margin > 0)
         return 1 / (1 + math.exp(-max(-500, min(500, margin / self.temperature))))
 
-    def compare(self, prompt, responses, rng):
-        """Every two of the responses, compared once. -> list of (chosen, rejected, ceiling)
+    def compare(self, prompt: str, responses: list[str],
+                rng: random.Random) -> list[tuple[int, int, float]]:
+        """Compare every two of the responses once -> list of (chosen, rejected, ceiling)
 
-        chosen and rejected are indices. The ceiling is max(p, 1 - p): how often a judge who knew
-        everything but the annotator's dice would be right. Its mean is the reward model's ceiling.
+        chosen and rejected are indices. The ceiling is max(p, 1 - p): how often a judge who knows p
+        agrees with the annotator. Its mean is the highest accuracy that a reward model can have.
         """
         rewards, choices = [self.reward(prompt, response) for response in responses], []
         for i, j in combinations(range(len(responses)), 2):
             p = self.prefers_first(rewards[i] - rewards[j])
-            choices.append((i, j, max(p, 1 - p)) if rng.random() < p else (j, i, max(p, 1 - p)))
+            chosen, rejected = (i, j) if rng.random() < p else (j, i)
+            choices.append((chosen, rejected, max(p, 1 - p)))
         return choices

@@ -1,4 +1,4 @@
-"""The built-in world keeps its promises: the truth has parts, and errors have a known rate."""
+"""The built-in world: the true reward has parts, and annotators err at a known rate."""
 
 import math
 import random
@@ -89,7 +89,7 @@ def test_words_that_are_not_of_this_world_are_not_recognised():
 def test_no_word_has_two_moods_or_is_both_plain_and_moody():
     words = [w for slots in environment.MOODS.values() for group in slots.values() for w in group]
     plain = [w for group in environment.PLAIN.values() for w in group]
-    nouns = environment.HEROES + environment.THINGS + environment.PLACES + environment.SPOTS
+    nouns = [*sum(environment.NOUNS.values(), []), *environment.OTHERS["spot"]]
     assert len(set(words + plain + nouns)) == len(words + plain + nouns)
 
 
@@ -99,9 +99,9 @@ def test_no_word_has_two_moods_or_is_both_plain_and_moody():
 def test_nobody_beats_the_perfect_story():
     rng = random.Random(0)
     for care in [1.0] * 500 + [0.5] * 500:
-        found = parts(PROMPT, write(REQUEST, rng, care))
-        assert found.keys() == BEST.keys()
-        assert all(found[name] <= BEST[name] + 1e-9 for name in BEST)
+        written = parts(PROMPT, write(REQUEST, rng, care))
+        assert written.keys() == BEST.keys()
+        assert all(written[name] <= BEST[name] + 1e-9 for name in BEST)
 
 
 def test_gold_is_the_sum_of_its_parts():
@@ -136,8 +136,8 @@ def test_every_part_has_its_flaw():
 
 @pytest.mark.parametrize("part", ["hero", "thing", "place", "mood", "freshness", "ending"])
 def test_most_flaws_leave_the_other_parts_alone(part):
-    found = parts(PROMPT, FLAWS[part](PERFECT))
-    assert {name for name in BEST if found[name] != BEST[name]} == {part}
+    flawed = parts(PROMPT, FLAWS[part](PERFECT))
+    assert {name for name in BEST if flawed[name] != BEST[name]} == {part}
 
 
 def test_a_story_for_another_request_scores_less():
@@ -180,7 +180,7 @@ MARGIN = gold(PROMPT, PERFECT) - gold(PROMPT, WORSE)
 
 
 def choose(annotator, n, first=PERFECT, second=WORSE):
-    """How often, of n comparisons, the first is chosen; and the ceiling that they were told."""
+    """How often, of n comparisons, the first is chosen; and the ceiling of the first."""
     rng = random.Random(0)
     choices = [annotator.compare(PROMPT, [first, second], rng)[0] for _ in range(n)]
     return sum(chosen == 0 for chosen, _, _ in choices) / n, choices[0][2]
@@ -203,7 +203,7 @@ def test_at_temperature_zero_nobody_errs():
     annotator = Annotator(temperature=0)
     assert choose(annotator, 20)[0] == 1 and choose(annotator, 20, WORSE, PERFECT)[0] == 0
     assert choose(annotator, 20)[1] == 1
-    assert 0.2 < choose(annotator, 200, PERFECT, PERFECT)[0] < 0.8  # a tie is left to the dice
+    assert 0.2 < choose(annotator, 200, PERFECT, PERFECT)[0] < 0.8  # a tie is decided at random
 
 
 def test_every_two_are_compared_once():
