@@ -14,15 +14,14 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
-from nanorlhf import dpo, ppo, reward, sft
-from nanorlhf.generate import generate, sample_rows
-from nanorlhf.model import GPT, GPTConfig, ScalarGPT
-from nanorlhf.support import config, data, parallel, runlog
+from nanorlhf import dpo, ilql, ppo, reward, sft
+from nanorlhf.generate import generate_rows
+from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
+from nanorlhf.support import UserError, config, parallel, runlog
 
 SIZE = dict(vocab_size=12, n_positions=24, n_layer=1, n_head=2, n_embd=16)
 END, PAD = 10, 11
@@ -36,7 +35,7 @@ COMMON = dict(device="cpu", dtype="float32", save_every=3)
 PATIENCE = 60  # seconds, after which a run counts as hanging
 
 
-class Diary(runlog.RunLog):
+class ExactLog(runlog.RunLog):
     """A log that also keeps every digit. At `at` = (rank, step), Ctrl-C comes to that process."""
 
     def __init__(self, folder, at=()):
@@ -58,7 +57,7 @@ def models(*kinds, dropout=0.0):
 
 def result(log, *trained):
     weights = {f"{i} {k}": w for i, m in enumerate(trained) for k, w in m.state_dict().items()}
-    return dict(rows=log.rows, weights=weights, dice=torch.rand(3))
+    return dict(rows=log.rows, weights=weights, random=torch.rand(3))
 
 
 # --- jobs: what each process does -----------------------------------------------------------------
@@ -67,7 +66,7 @@ def result(log, *trained):
 def run_sft(folder, dropout=0.0, at=(), **settings):
     cfg = sft.SFTConfig(out=folder, **dict(COMMON, steps=6, batch_size=6) | settings)
     config.setup(cfg)
-    [model], log = models(GPT, dropout=dropout), Diary(folder, at)
+    [model], log = models(GPT, dropout=dropout), ExactLog(folder, at)
     sft.train(model, ROWS, ROWS[:4], PAD, cfg, log)
     return result(log, model)
 
@@ -75,7 +74,7 @@ def run_sft(folder, dropout=0.0, at=(), **settings):
 def run_rm(folder, dropout=0.0, at=(), **settings):
     cfg = reward.RMConfig(out=folder, **dict(COMMON, steps=6, batch_size=6) | settings)
     config.setup(cfg)
-    [model], log = models(ScalarGPT, dropout=dropout), Diary(folder, at)
+    [model], log = models(ScalarGPT, dropout=dropout), ExactLog(folder, at)
     reward.train(model, GROUPS, PAD, cfg, log)
     return result(log, model)
 
@@ -83,9 +82,18 @@ def run_rm(folder, dropout=0.0, at=(), **settings):
 def run_dpo(folder, at=(), **settings):
     cfg = dpo.DPOConfig(out=folder, **dict(COMMON, steps=6, batch_size=6) | settings)
     config.setup(cfg)
-    [policy], log = models(GPT), Diary(folder, at)
+    [policy], log = models(GPT), ExactLog(folder, at)
     dpo.train(policy, copy.deepcopy(policy), GROUPS, PAD, cfg, log)
     return result(log, policy)
+
+
+def run_ilql(folder, at=(), **settings):
+    cfg = ilql.ILQLConfig(out=folder, **dict(COMMON, steps=6, batch_size=6) | settings)
+    config.setup(cfg)
+    torch.set_default_dtype(torch.float64)  # for the scores, which become a tensor in train
+    [model], log = models(QGPT), ExactLog(folder, at)
+    ilql.train(model, ROWS, [len(tokens) % 3 - 1.0 for tokens, _ in ROWS], PAD, cfg, log)
+    return result(log, model)
 
 
 def ppo_config(folder, settings):
@@ -109,64 +117,49 @@ def three_models(cfg):
     return policy.eval(), reference.eval(), critic.eval() if cfg.advantage == "gae" else None
 
 
-def by_the_prompt(policy, prompts, *settings):
-    """generate, with dice that depend on the prompt alone, and so not on who answers it."""
-    rows, G = [], settings[-1]
-    for prompt in prompts:
-        with torch.random.fork_rng():
-            torch.manual_seed(len(prompt) * 100 + prompt[-1])
-            tokens, [n, *_], mask = generate(policy, [prompt], *settings)
-        rows += [(t[: n + m].tolist(), int(n)) for t, m in zip(tokens, mask.sum(1))]
-    assert len(rows) == len(prompts) * G
-    return data.collate(rows, PAD)
-
-
-def run_ppo(folder, same_answers=True, at=(), **settings):
-    ppo.generate = by_the_prompt if same_answers else generate
+def run_ppo(folder, at=(), **settings):
     cfg = ppo_config(folder, settings)
     policy, reference, critic = three_models(cfg)
     torch.manual_seed(5)
-    log = Diary(folder, at)
+    log = ExactLog(folder, at)
     ppo.train(policy, reference, critic, even, PROMPTS, END, PAD, cfg, log)
     return result(log, *filter(None, (policy, critic)))
 
 
-def collect(folder, prompts, same_answers, **settings):
-    ppo.generate = by_the_prompt if same_answers else generate
+def collect(folder, prompts, **settings):
     cfg = ppo_config(folder, settings)
-    said = ppo.collect(*three_models(cfg), even, prompts, cfg, 0.1, END, PAD)
-    return dict(vars(said), dice=torch.rand(3))
+    rollout = ppo.collect(*three_models(cfg), even, prompts, cfg, 0.1, END, PAD)
+    return dict(vars(rollout), random=torch.rand(3))
 
 
 def update(folder, **settings):
-    """One rollout, made by each process for itself with the same dice, and then shared work."""
-    cfg = ppo.PPOConfig(out=folder, **COMMON, max_new_tokens=8, batch_size=7, **settings)
+    """One rollout, made by each process for itself from the same seed, and then shared work."""
+    cfg = ppo.PPOConfig(out=folder, **COMMON, max_new_tokens=8, batch_size=7, learning_rate=1e-2,
+                        critic_learning_rate=1e-2, **settings)  # fmt: skip
     policy, reference, critic = three_models(cfg)
     rollout = ppo.collect(policy, reference, critic, even, PROMPTS[:7], cfg, 0.1, END, PAD)
     config.setup(cfg)
-    optimizers = ppo.make_optimizers(policy, critic)
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = 1e-2
-    found = ppo.update(policy, critic, optimizers, rollout, cfg)
-    log = Diary(None)
-    log.rows = [found]
+    metrics = ppo.update(policy, critic, ppo.make_optimizers(policy, critic, cfg), rollout, cfg)
+    log = ExactLog(None)
+    log.rows = [metrics]
     return result(log, policy, critic)
 
 
-def sample(folder):
-    cfg = reward.RMConfig(max_new_tokens=12, **COMMON)
-    config.setup(cfg)
-    tok = SimpleNamespace(eos=END, pad=PAD, decode=str)
+def sample(folder, batch_size=0):
+    config.setup(reward.RMConfig(**COMMON))
     prompts = [[1, i % 3] for i in range(7)]
-    return dict(rows=sample_rows(models(GPT)[0].eval(), tok, prompts, cfg), dice=torch.rand(3))
+    [model] = models(GPT)
+    rows = generate_rows(model.eval(), prompts, 12, END, PAD, G=2, batch_size=batch_size)
+    return dict(rows=rows, random=torch.rand(3))
 
 
-def dice(folder):
-    """Random numbers: everybody's, of each part of the work, and everybody's again."""
+def random_numbers(folder, inside=True):
+    """Random numbers: everyone's, of each part of the work (if `inside`), and everyone's again."""
     config.setup(sft.SFTConfig(**COMMON))
     before = torch.rand(3)
-    rolled = [torch.rand(3) for _ in parallel.parts(list(range(8)), 2)]
-    return dict(before=before, rolled=rolled, after=torch.rand(3))
+    parts = parallel.micro_batches(list(range(8)), 2)
+    drawn = [torch.rand(3) if inside else torch.zeros(3) for _ in parts]
+    return dict(before=before, drawn=drawn, after=torch.rand(3))
 
 
 def open_run(folder, fails="", **settings):
@@ -177,20 +170,21 @@ def open_run(folder, fails="", **settings):
         print("started")
         runlog.open_run(Path(folder) / "run", cfg)
         (Path(folder) / f"{parallel.rank()} went on").touch()
-        if fails and parallel.rank() == parallel.count() - 1:
-            raise dict(user=config.UserError("this process has no luck"), crash=ZeroDivisionError)[
+        if fails and parallel.rank() == parallel.world_size() - 1:
+            raise dict(user=UserError("this process has no luck"), crash=ZeroDivisionError)[
                 fails
             ]
-        parallel.everyone(None)
+        parallel.all_gather(None)
         parallel.finish()
-        print(f"finished, one of {parallel.count()}")
+        print(f"finished, one of {parallel.world_size()}")
 
     sys.argv = ["train_sft.py", "--device", "cpu"]
     sys.argv += [word for k, v in settings.items() for word in (f"--{k}", str(v))]
     config.run(main, sft.SFTConfig)
 
 
-JOBS = [run_sft, run_rm, run_dpo, run_ppo, collect, update, sample, dice, open_run]
+JOBS = [run_sft, run_rm, run_dpo, run_ilql, run_ppo, collect, update, sample, random_numbers]
+JOBS += [open_run]
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -208,8 +202,8 @@ def child(rank, n, address, job, folder, settings):
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it is there, and not to be made
     status = 1
     try:
-        found = {job.__name__: job for job in JOBS}[job](folder, **settings)
-        torch.save(found, f"{folder}/{rank}.pt")
+        result = {job.__name__: job for job in JOBS}[job](folder, **settings)
+        torch.save(result, f"{folder}/{rank}.pt")
         status = 0
     except SystemExit as end:
         status = end.code or 0

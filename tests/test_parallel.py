@@ -74,7 +74,7 @@ def learnt_the_same(a, b, atol=1e-9):
 
 # --- the same numbers -----------------------------------------------------------------------------
 
-STAGES = ["run_sft", "run_rm", "run_dpo"]
+STAGES = ["run_sft", "run_rm", "run_dpo", "run_ilql"]
 BATCHES = {
     "an even batch": dict(batch_size=6),
     "an uneven one": dict(batch_size=5),
@@ -102,13 +102,12 @@ ADVANTAGES = {
     "rloo": dict(advantage="rloo", responses=2),
     "small parts": dict(micro_batch_size=2, no_end_penalty=0.5),
     "one prompt": dict(batch_size=2, responses=2),
+    "one response": dict(batch_size=1, minibatches=1),
 }
 
 
 @pytest.mark.parametrize("settings", ADVANTAGES.values(), ids=ADVANTAGES)
-def test_ppo_in_two_processes_that_sample_the_same_learns_what_one_does(results, settings):
-    # One minibatch, for which rows share a step depends on dice that two processes throw more of.
-    settings = dict(minibatches=1, **settings)
+def test_ppo_in_two_processes_learns_what_one_does(results, settings):
     [one], two = results(1, "run_ppo", **settings), results(2, "run_ppo", **settings)
     assert same(two[0], two[1])
     assert len(one["rows"]) == 4 and learnt_the_same(one, two[0], 1e-8)
@@ -126,62 +125,54 @@ def test_an_update_on_one_rollout_is_the_same(results, settings):
     [one], two = results(1, "update", **settings), results(2, "update", **settings)
     names = {"policy_loss", "value_loss", "clip_frac", "policy_grad_norm", "critic_grad_norm"}
     assert one["rows"][0].keys() >= names and one["rows"][0]["clip_frac"] > 0
-    assert same(two[0], two[1]) and same(one, two[0], 1e-8)  # and the dice after it
+    assert same(two[0], two[1]) and same(one, two[0], 1e-8)  # and the random numbers after it
 
 
 # --- the rollout ----------------------------------------------------------------------------------
 
-FIELDS = "ended old_logprobs ref_logprobs entropy scores rewards advantages old_values returns"
+FIELDS = "old_logprobs ref_logprobs entropy scores rewards advantages old_values returns"
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:6], PROMPTS[:5], PROMPTS[2:3]], ids=len)
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_rollout_that_is_shared_out_is_that_of_one_process(results, n, prompts):
-    settings = dict(prompts=prompts, same_answers=True, responses=2, micro_batch_size=3)
+    settings = dict(prompts=prompts, responses=2, micro_batch_size=3)
     [one], several = results(1, "collect", **settings), results(n, "collect", **settings)
     assert all(same(several[0], other) for other in several)
-    mask, shared = one["mask"], several[0]
-    assert len(mask) == 2 * len(prompts) and same(mask, shared["mask"])
-    assert same(one["prompt_len"], shared["prompt_len"])
-    width = min(one["tokens"].shape[1], shared["tokens"].shape[1])
-    assert same(one["tokens"][:, :width], shared["tokens"][:, :width])
-    assert (shared["tokens"][:, width:] == PAD).all() and (one["tokens"][:, width:] == PAD).all()
+    assert len(one["mask"]) == 2 * len(prompts)
+    for name in "tokens prompt_len mask ended random".split():
+        assert same(one[name], several[0][name]), name
     for name in FIELDS.split():
-        a, b = one[name], shared[name]
+        a, b = one[name], several[0][name]
         if a.dim() == 2:
-            a, b = a * mask, b * mask
+            a, b = a * one["mask"], b * one["mask"]
         assert same(a, b, 1e-12), name
 
 
-def test_processes_answer_the_same_prompt_each_in_its_own_way(results):
-    settings = dict(prompts=[[1, 2]] * 6, same_answers=False, max_new_tokens=16)
-    first, second = results(2, "collect", **settings)
-    assert same(first, second) and len(first["mask"]) == 6
-    assert not same(first["tokens"][:3], first["tokens"][3:])
-
-
-def test_samples_are_shared_out_too(results):
-    first, second = results(2, "sample")
-    assert first["rows"] == second["rows"] and same(first["dice"], second["dice"])
-    assert [row[0][:2] for row in first["rows"]] == [[1, i % 3] for i in range(7)]
-    answers = [tokens[2:] for tokens, _ in first["rows"]]
-    assert answers[:3] != answers[3:6]  # the first prompts of either process, which are the same
+@pytest.mark.parametrize("batch_size", [0, 2, 5])
+def test_two_and_three_processes_sample_the_very_rows_that_one_does(results, batch_size):
+    [one] = results(1, "sample", "one")  # all rows at once
+    for n in 1, 2, 3:
+        for process in results(n, "sample", batch_size=batch_size):
+            assert process["rows"] == one["rows"] and same(process["random"], one["random"])
+    assert [tokens[:2] for tokens, _ in one["rows"]] == [[1, i // 2 % 3] for i in range(14)]
+    responses = [tuple(tokens[2:]) for tokens, _ in one["rows"]]
+    assert len(set(responses)) > 10  # the same prompt is answered in a new way every time
 
 
 def test_dropout_differs_from_process_to_process_and_what_is_common_stays_common(results):
-    first, second = results(2, "dice")
-    assert len(first["rolled"]) == 2
-    drawn = [*first["rolled"], *second["rolled"], first["before"], first["after"]]
+    first, second = results(2, "random_numbers")
+    assert len(first["drawn"]) == 2
+    drawn = [*first["drawn"], *second["drawn"], first["before"], first["after"]]
     assert len({tuple(x.tolist()) for x in drawn}) == 6
     assert same(first["before"], second["before"]) and same(first["after"], second["after"])
 
 
-def test_a_process_alone_throws_no_more_dice_than_it_needs(results):
-    [found] = results(1, "dice")
-    torch.manual_seed(1)
-    expected = torch.rand(6, 3)
-    drawn = torch.stack([found["before"], *found["rolled"], found["after"]])
-    assert same(drawn, expected)
+def test_where_there_is_no_dropout_several_processes_draw_the_next_number_of_one(results):
+    [one] = results(1, "random_numbers", inside=False)
+    for n in 2, 3:
+        for process in results(n, "random_numbers", inside=False):
+            assert same(process["before"], one["before"]) and same(process["after"], one["after"])
 
 
 # --- stopping, saving, resuming -------------------------------------------------------------------
@@ -191,7 +182,8 @@ RUNS = {
     "sft with dropout": ("run_sft", dict(dropout=0.3)),
     "rm": ("run_rm", dict(dropout=0.3)),
     "dpo": ("run_dpo", {}),
-    "ppo": ("run_ppo", dict(same_answers=False)),
+    "ilql": ("run_ilql", {}),
+    "ppo": ("run_ppo", dict(kl_target=1.0)),
 }
 
 
@@ -215,7 +207,7 @@ def test_ctrl_c_in_one_process_stops_all_and_resuming_gives_the_very_bits(
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3)])
-@pytest.mark.parametrize("stage, settings", [("run_sft", {}), ("run_ppo", dict(minibatches=1))])
+@pytest.mark.parametrize("stage, settings", [("run_sft", {}), ("run_ppo", {})])
 def test_a_run_goes_on_in_another_number_of_processes(
     start, results, tmp_path, stage, settings, before, after
 ):

@@ -1,10 +1,10 @@
 """More than one process: torchrun --nproc-per-node=2 train_ppo.py
 
 In: the same command, started once for each GPU (or, to try it, CPU). Out: what one process would
-have learnt from the same global batches, sooner. Every process draws the same batches from the same
-seed and computes its own rows of them. The loop weighs a part by its share of the global batch, so
-gradients and metrics need only be summed. In a single process every function here returns what it
-was given, bit for bit.
+have learnt from the same global batches, sooner. Every process draws the same batches and random
+numbers from the same seed, and computes its own rows. The loop weighs a part by its share of the
+global batch, so gradients and metrics need only be summed. In a single process every function here
+returns what it was given, bit for bit.
 
 Not DistributedDataParallel: the stages call trunk and head apart, which its hook on `forward` never
 sees, and it takes the mean of gradients where rows of unequal length need the sum.
@@ -25,6 +25,7 @@ from nanorlhf.support import UserError
 
 
 def launched():
+    """Did torchrun start this process, together with others?"""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
@@ -37,7 +38,10 @@ def rank():
 
 
 def start(device):
-    """Meet the other processes that torchrun has started, if it has. Only the first one prints."""
+    """Meet the other processes that torchrun has started, if it has. Only the first one prints.
+
+    Raises UserError where there is no such device for each of them.
+    """
     if not launched() or world_size() > 1:
         return
     if device.type == "cuda":
@@ -62,8 +66,6 @@ def finish():
             sys.exit()
 
 
-# --- to each process its share -------------------------------------------------------------------
-
 def local_rows(batch):
     """The rows of a global batch that this process computes: none, where there are too few."""
     begin, end = (len(batch) * r // world_size() for r in (rank(), rank() + 1))
@@ -71,36 +73,29 @@ def local_rows(batch):
 
 
 def micro_batches(batch, size):
-    """This process's rows of a global batch, `size` at a time (0: all), with dropout of its own."""
-    rows = local_rows(batch)
+    """This process's rows of a global batch, `size` at a time (0: all), with dropout of its own.
+
+    After them all processes draw the same random numbers again, namely those that one process would
+    draw. Hence one process draws the seed as well, although it has no use for it.
+    """
+    rows, seed = local_rows(batch), torch.randint(2**62, ()).item() + rank()
     size = size or max(1, len(rows))
-    with own_rng():
-        for begin in range(0, len(rows), size):
-            yield rows[begin:begin + size]
-
-
-@contextmanager
-def own_rng():
-    """Random numbers that differ between the processes. Afterwards all draw the same ones again."""
+    parts = (rows[begin:begin + size] for begin in range(0, len(rows), size))
     if world_size() == 1:
-        yield
+        yield from parts
         return
-    seed = torch.randint(2**62, ()).item() + rank()
     gpu = [torch.cuda.current_device()] if dist.get_backend() == "nccl" else []
     with torch.random.fork_rng(gpu):
         torch.manual_seed(seed)
-        yield
+        yield from parts
 
-
-# --- and together --------------------------------------------------------------------------------
 
 def all_gather(x):
     """A small object of each process -> the list of them, in every process."""
-    if world_size() == 1:
-        return [x]
-    objects = [None] * world_size()
-    with connection():
-        dist.all_gather_object(objects, x)
+    objects = [x] * world_size()
+    if world_size() > 1:
+        with connection():
+            dist.all_gather_object(objects, x)
     return objects
 
 
@@ -139,10 +134,8 @@ def clip_gradients(params, limit):
     return clip_grad_norm_(params, limit)
 
 
-# --- mistakes ------------------------------------------------------------------------------------
-
 def first_alone(function, *args):
-    """The first process calls it while the others wait. Its mistake ends them all."""
+    """The first process calls it while the others wait. Its UserError ends them all."""
     mistake = None
     if rank() == 0:
         try:
@@ -163,10 +156,8 @@ def connection():
 
 def may_speak():
     """Is this the process to say why the run ends? The first that asks; one alone always is."""
-    if not launched():
-        return True
-    if world_size() == 1:           # all make the same mistake, or the others have left
-        return os.environ["RANK"] == "0"
+    if world_size() == 1:           # of several, all make the same mistake, or the others have left
+        return not launched() or os.environ["RANK"] == "0"
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                               timeout=timedelta(seconds=2), wait_for_workers=False)
