@@ -6,10 +6,10 @@
     python train_ppo.py --advantage grpo --responses 4      no critic: compare answers
     python train_ppo.py --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ppo
 """
-from nanorlhf import environment, ppo, reward, tokenizer
+from nanorlhf import environment, ppo, reward
 from nanorlhf.evaluate import compare, held_out_prompts
 from nanorlhf.generate import generate_texts
-from nanorlhf.model import GPT
+from nanorlhf.model import load_policy
 from nanorlhf.support import data, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.plotting import curves
@@ -27,10 +27,7 @@ COLUMNS = ("score", "kl", "entropy", "response_len", "ended", "clip_frac", "toke
 
 def main(cfg):
     device = setup(cfg)
-    policy, reference = (GPT.load(cfg.sft) for _ in range(2))
-    tok = tokenizer.load(cfg.sft)
-    for model in policy, reference:
-        model.resize_vocab(tok.vocab_size).to(device)
+    (policy, tok), (reference, _) = (load_policy(cfg.sft, device) for _ in range(2))
     critic = reward.load_for(cfg.rm, policy, tok) if cfg.advantage == "gae" else None
     score = reward.score_function(cfg, tok, policy)
 
@@ -49,7 +46,7 @@ def main(cfg):
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     held_out = held_out_prompts(cfg.data, cfg.eval_prompts, cfg.seed)
     shown = data.encode_prompts(held_out[:3], tok, room, data.Counter())
-    log = RunLog(cfg.out, every=max(1, cfg.steps // 20), columns=COLUMNS, decode=tok.decode)
+    log = RunLog(cfg.out, columns=COLUMNS, decode=tok.decode)
     summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
     parallel.finish()
     policy.save(cfg.out, **tok.special)

@@ -3,10 +3,10 @@
     python train_rm.py                                      the built-in world
     python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
 """
-from nanorlhf import reward, tokenizer
+from nanorlhf import reward
 from nanorlhf.evaluate import held_out_prompts
 from nanorlhf.generate import generate_rows
-from nanorlhf.model import GPT, ScalarGPT
+from nanorlhf.model import ScalarGPT, load_policy
 from nanorlhf.support import data, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.groups import from_files, pairs_in
@@ -19,26 +19,23 @@ PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accu
 
 def main(cfg):
     device = setup(cfg)
-    sft, tok = GPT.load(cfg.sft), tokenizer.load(cfg.sft)
-    sft.resize_vocab(tok.vocab_size).to(device)
+    sft, tok = load_policy(cfg.sft, device)
     if cfg.data:
         groups, held_out = from_files(cfg.data, tok, sft.config.n_positions)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
 
     # Comparisons: from files, or of the SFT model's own samples by the built-in annotators.
-    ceiling = {}
+    summary = {}
     if not cfg.data:
-        groups, held_out, best = reward.from_samples(sft, tok, cfg)
-        ceiling = dict(accuracy_ceiling=best)
+        groups, held_out, summary["accuracy_ceiling"] = reward.from_samples(sft, tok, cfg)
     print(f"pairs     {pairs_in(groups):,} comparisons of {sum(len(g) for g, _ in groups):,}"
           f" responses; {pairs_in(held_out):,} held out")
 
     model = ScalarGPT.load(cfg.sft).resize_vocab(tok.vocab_size).to(device)
     print(f"model     {model}, on {device}")
     compile_trunks(cfg.compile, model)
-    log.every = max(1, len(groups) // cfg.batch_size // 20)
-    summary = reward.train(model, groups, tok.pad, cfg, log)
+    summary |= reward.train(model, groups, tok.pad, cfg, log)
     parallel.finish()
 
     # How good is it? Then shift and scale: 0 is the SFT model's average, 1 its deviation.
@@ -52,7 +49,7 @@ def main(cfg):
     mean, std = reward.normalise(model, rows, tok.pad, cfg.dtype)
     model.save(cfg.out, **tok.special, reward_mean=mean, reward_std=std)
     tok.save(cfg.out)
-    summary = log.finish(**summary, **metrics, **ceiling)
+    summary = log.finish(**summary, **metrics)
     samples(cfg.out, *scored_pairs(model, tok, held_out[:3], cfg), ("chosen", "rejected"))
     curves(cfg.out, PANELS)
     print_summary(summary, table, cfg)

@@ -50,7 +50,7 @@ def main(cfg):
     prompts = list(dict.fromkeys(r["prompt"] for r in held_out))[:3]
     prompts = data.encode_prompts(prompts, tok, block_size - length, data.Counter())
     before = generate_texts(model, tok, prompts, length, seed=cfg.seed)
-    log = RunLog(cfg.out, max(1, cfg.steps // 20), ("loss", "held_out_loss", "lr"), tok.decode)
+    log = RunLog(cfg.out, columns=("loss", "held_out_loss", "lr"), decode=tok.decode)
     held_out_rows = data.encode(held_out, tok, block_size, counts)
     summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
     parallel.finish()

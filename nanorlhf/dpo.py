@@ -14,21 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanorlhf import reward, tokenizer
+from nanorlhf import reward
 from nanorlhf.generate import generate_texts
 from nanorlhf.logprobs import masked, response_logprobs
-from nanorlhf.model import GPT
+from nanorlhf.model import GPT, load_policy
 from nanorlhf.reward import accuracy_of, bradley_terry_loss
 from nanorlhf.support import loop, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.data import collate
-from nanorlhf.support.groups import flatten, from_files, pairs_in, rows_of
+from nanorlhf.support.groups import flatten, from_files, pairs_in, prompts_of, rows_of
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
-
-PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accuracy"]),
-          ("Implicit reward", "beta (log pi - log pi_ref)", ["chosen_reward", "rejected_reward"]),
-          ("Gradient norm", "", ["grad_norm"])]
 
 
 @dataclass
@@ -92,39 +88,32 @@ def implicit_reward(policy: GPT, reference: GPT, beta: float):
 
 def main(cfg: DPOConfig):
     device = setup(cfg)
-    reference, tok = GPT.load(cfg.sft), tokenizer.load(cfg.sft)
-    reference.resize_vocab(tok.vocab_size).to(device)
+    reference, tok = load_policy(cfg.sft, device)
     if cfg.data:
         groups, held_out = from_files(cfg.data, tok, reference.config.n_positions)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
-    ceiling = {}
+    log, summary = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"),
+                          decode=tok.decode), {}
     if not cfg.data:
-        groups, held_out, best = reward.from_samples(reference, tok, cfg)
-        ceiling = dict(accuracy_ceiling=best)
+        groups, held_out, summary["accuracy_ceiling"] = reward.from_samples(reference, tok, cfg)
     print(f"pairs     {pairs_in(groups):,} comparisons; {pairs_in(held_out):,} held out")
 
     policy = copy.deepcopy(reference)
     print(f"policy    {policy}, on {device}")
     compile_trunks(cfg.compile, policy, reference)
-    room = policy.config.n_positions - cfg.max_new_tokens
-    shown = [rows[0][0][:rows[0][1]][-room:] for rows, _ in held_out[:3]]
-    log.every = max(1, len(groups) // cfg.batch_size // 20)
-    summary = train(policy, reference, groups, tok.pad, cfg, log)
+    summary |= train(policy, reference, groups, tok.pad, cfg, log)
     parallel.finish()
     policy.save(cfg.out, **tok.special)
     tok.save(cfg.out)
 
-    learnt = implicit_reward(policy, reference, cfg.beta)
-    metrics, _ = reward.report(learnt, held_out, tok.pad, device, cfg.dtype)
-    s = log.finish(**summary, **metrics, **ceiling)
+    score = implicit_reward(policy, reference, cfg.beta)
+    s = log.finish(**summary, **reward.report(score, held_out, tok.pad, device, cfg.dtype)[0])
+    shown = prompts_of(held_out[:3], policy.config.n_positions - cfg.max_new_tokens)
     samples(cfg.out, *(generate_texts(model, tok, shown, cfg.max_new_tokens, seed=cfg.seed)
                        for model in (reference, policy)))
-    curves(cfg.out, PANELS)
+    curves(cfg.out)
     print(f"accuracy  {s['accuracy']:.3f} of the implicit reward on {s['pairs']:,} held-out pairs "
           f"(95 %: {s['accuracy_low']:.3f} to {s['accuracy_high']:.3f})")
-    if ceiling:
-        print(f"ceiling   {best:.3f}, because annotators err")
     print(f"{s['seconds']:.0f} s; see {cfg.out}/curves.png and samples.md")
     print(f"next: python -m nanorlhf.evaluate --policy {cfg.out} --against {cfg.sft}")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import environment, reward, tokenizer
+from nanorlhf import environment, reward
 from nanorlhf.generate import generate_rows
 from nanorlhf.logprobs import kl_k1, masked, response_logprobs
-from nanorlhf.model import GPT
+from nanorlhf.model import GPT, load_policy
 from nanorlhf.support import UserError, data
 from nanorlhf.support.config import ComputeConfig, autocast, run, setup
 from nanorlhf.support.data import collate, in_parts
@@ -97,7 +97,8 @@ def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> d
     for name, model in ("policy", policy), ("against", against):
         rows = generate_rows(model, encoded, cfg.max_new_tokens, tok.eos, tok.pad, cfg.temperature,
                              batch_size=cfg.micro_batch_size, dtype=cfg.dtype, rng=rng)
-        scores.append(reward.score_rows(judge, rows, tok.pad, model.device, cfg.dtype).tolist())
+        scores.append(reward.score_rows(judge, rows, tok.pad, model.device, cfg.dtype,
+                                        cfg.micro_batch_size or 64).tolist())
         metrics = describe(model, against, rows, tok, cfg)
         metrics = dict(score=sum(scores[-1]) / len(rows), **metrics)
         summary |= {f"{key}_{name}": x for key, x in metrics.items()}
@@ -120,16 +121,13 @@ def main(cfg):
         rate, low, high = win_rate(*scores)
         print(f"win rate {rate:.3f} (95 %: {low:.3f} to {high:.3f}) over {len(scores[0])} choices")
         return
-    tok = tokenizer.load(cfg.policy)
-    if tokenizer.load(cfg.against).ranks != tok.ranks:
+    (policy, tok), (against, other) = (load_policy(name, device)
+                                       for name in (cfg.policy, cfg.against))
+    if other.ranks != tok.ranks:
         raise UserError(f"expected two models with one tokenizer, came {cfg.policy} and "
                         f"{cfg.against} with two")
-    policy, against = (GPT.load(folder).resize_vocab(tok.vocab_size).to(device)
-                       for folder in (cfg.policy, cfg.against))
-    if cfg.judge == "env":
-        judge = reward.true_reward(tok)
-    else:
-        judge = reward.by_model(reward.load_for(cfg.judge, policy, tok))
+    judge = (reward.true_reward(tok) if cfg.judge == "env" else
+             reward.by_model(reward.load_for(cfg.judge, policy, tok)))
     prompts = held_out_prompts(cfg.data, cfg.prompts, cfg.seed)
     summary = compare(policy, against, tok, prompts, judge, cfg)
     print(f"win rate {summary['win_rate']:.3f} (95 %: {summary['win_rate_low']:.3f} to "

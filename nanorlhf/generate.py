@@ -56,10 +56,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     return tokens[:, :P + R], prompt_len, mask[:, :R]
 
 
-def draw_uniforms(B: int, R: int, rng: torch.Generator | None = None) -> Tensor:
-    """The random numbers of B responses. In float64: float32 has steps of 6e-8, and a vocabulary of
-    50,257 has many tokens less likely than that. -> (B, R) in [0, 1)"""
-    return torch.rand(B, R, dtype=torch.float64, generator=rng)
+def draw_uniforms(*shape: int, rng: torch.Generator | None = None) -> Tensor:
+    """The random numbers of all responses: float64, in [0, 1)."""
+    return torch.rand(*shape, dtype=torch.float64, generator=rng)
 
 
 def prefill(model: GPT, tokens: Tensor, prompt_len: Tensor, P: int, G: int):
@@ -113,8 +112,9 @@ def cache_dtype(model):
 def sample(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     """One token a row: the first whose cumulative probability exceeds u.
 
-    logits (B, V), u (B, 1) in [0, 1) -> (B,). The sum is taken in the format of u: in float32 it
-    loses the tokens whose probability is under its last digit.
+    logits (B, V), u (B, 1) in [0, 1) -> (B,). The sum is taken in the number format of u. Over
+    GPT-2's 50,257 tokens float32 is too coarse: most of them, with a probability of about 1e-4 in
+    all, would never be drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -135,7 +135,7 @@ def generate_rows(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos
     """
     longest = max(map(len, prompts)) + max_new_tokens
     n = max(1, (batch_size or fast.rows_that_fit(model.config, longest)) // G)   # prompts at once
-    uniforms = draw_uniforms(len(prompts) * G, max_new_tokens, rng).view(len(prompts), G, -1)
+    uniforms = draw_uniforms(len(prompts), G, max_new_tokens, rng=rng)
     prompts, uniforms = parallel.local_rows(prompts), parallel.local_rows(uniforms)
     rows = []
     for i in range(0, len(prompts), n):

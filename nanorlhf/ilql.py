@@ -17,22 +17,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nanorlhf import environment, reward, tokenizer
+from nanorlhf import environment, reward
 from nanorlhf.advantages import gae
 from nanorlhf.generate import generate_rows, generate_texts
 from nanorlhf.logprobs import masked_mean, response_tokens, response_window, token_logprobs
-from nanorlhf.model import GPT, QGPT, wide
+from nanorlhf.model import QGPT, load_policy, wide
 from nanorlhf.support import fast, loop, parallel
 from nanorlhf.support.config import TrainConfig, compile_trunks, run, setup
 from nanorlhf.support.data import collate
-from nanorlhf.support.groups import flatten, from_files
+from nanorlhf.support.groups import flatten, from_files, prompts_of
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
-
-PANELS = [("Q loss", "score units, squared", ["q_loss"]),
-          ("V loss", "score units, squared", ["v_loss"]),
-          ("Conservative loss", "nats / token", ["cql_loss"]),
-          ("Q and V", "deviations of the score", ["q", "v"]), ("Gradient norm", "", ["grad_norm"])]
 
 
 @dataclass
@@ -142,8 +137,6 @@ def follow(model: QGPT, polyak: float):
         target.lerp_(q, polyak)
 
 
-# --- the logged responses ------------------------------------------------------------------------
-
 def standardise(scores: Tensor) -> list[float]:
     """Shift and scale to mean 0 and deviation 1. In float64: in float32 the mean of equal scores
     misses them by a last digit, and dividing by a deviation as small would make that about 1."""
@@ -151,29 +144,20 @@ def standardise(scores: Tensor) -> list[float]:
     return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)).tolist()
 
 
-def logged(sft: GPT, tok, cfg: ILQLConfig):
-    """Responses to learn from: both sides of the files' pairs, or the SFT model's own samples.
-
-    -> rows (tokens, prompt_len), held-out prompts as token lists
-    """
-    if cfg.data:
-        groups, held_out = from_files(cfg.data, tok, sft.config.n_positions)
-        room = sft.config.n_positions - cfg.max_new_tokens
-        return flatten(groups)[0], [rows[0][0][:rows[0][1]][-room:] for rows, _ in held_out]
-    prompts = [tok.encode(p) for p in environment.prompts(cfg.prompts, cfg.seed)]
-    rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, G=cfg.responses,
-                         batch_size=cfg.micro_batch_size, dtype=cfg.dtype)
-    return rows, [tok.encode(p) for p in environment.prompts(3, cfg.seed, held_out=True)]
-
-
 def main(cfg: ILQLConfig):
     device = setup(cfg)
-    sft, tok = GPT.load(cfg.sft), tokenizer.load(cfg.sft)
-    sft.resize_vocab(tok.vocab_size).to(device)
-    score = reward.score_function(cfg, tok, sft)
+    sft, tok = load_policy(cfg.sft, device)
+    score, room = reward.score_function(cfg, tok, sft), sft.config.n_positions - cfg.max_new_tokens
+    if cfg.data:                     # the log: both sides of the pairs
+        groups, held_out = from_files(cfg.data, tok, sft.config.n_positions)
+        rows, shown = flatten(groups)[0], prompts_of(held_out[:3], room)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     log = RunLog(cfg.out, columns=("q_loss", "v_loss", "cql_loss", "lr"), decode=tok.decode)
-    rows, held_out = logged(sft, tok, cfg)
+    if not cfg.data:                 # the log: the SFT model's own samples
+        prompts, shown = ([tok.encode(p) for p in environment.prompts(n, cfg.seed, held_out)]
+                          for n, held_out in ((cfg.prompts, False), (3, True)))
+        rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, G=cfg.responses,
+                             batch_size=cfg.micro_batch_size, dtype=cfg.dtype)
     scores = reward.score_rows(score, rows, tok.pad, device, cfg.dtype)
     print(f"log       {len(rows):,} responses, scored by {cfg.reward}")
 
@@ -181,17 +165,16 @@ def main(cfg: ILQLConfig):
     model.transformer.load_state_dict(sft.transformer.state_dict())
     print(f"policy    {model}, on {device}")
     compile_trunks(cfg.compile, model)
-    log.every = max(1, len(rows) // cfg.batch_size // 20)
     summary = train(model, rows, standardise(scores), tok.pad, cfg, log)
     parallel.finish()
     model.save(cfg.out, **tok.special)
     tok.save(cfg.out)
 
-    s = log.finish(**summary)
-    samples(cfg.out, *(generate_texts(policy, tok, held_out[:3], cfg.max_new_tokens, seed=cfg.seed)
+    seconds = log.finish(**summary)["seconds"]
+    samples(cfg.out, *(generate_texts(policy, tok, shown, cfg.max_new_tokens, seed=cfg.seed)
                        for policy in (sft, model)))
-    curves(cfg.out, PANELS)
-    print(f"{s['seconds']:.0f} s; see {cfg.out}/curves.png and samples.md")
+    curves(cfg.out)
+    print(f"{seconds:.0f} s; see {cfg.out}/curves.png and samples.md")
     print(f"next: python -m nanorlhf.evaluate --policy {cfg.out} --against {cfg.sft}")
 
 

@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanorlhf import tokenizer
 from nanorlhf.attention import attend
 from nanorlhf.support import UserError
 from nanorlhf.support.saved_model import SavedModel
@@ -148,6 +149,12 @@ class GPT(SavedModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.transformer(tokens))
+
+
+def load_policy(folder: str, device) -> tuple[GPT, tokenizer.Tokenizer]:
+    """The language model in a folder and its tokenizer, of which it can write every token."""
+    tok = tokenizer.load(folder)
+    return GPT.load(folder).resize_vocab(tok.vocab_size).to(device), tok
 
 
 class ScalarGPT(SavedModel):

@@ -41,3 +41,8 @@ def pairs_in(groups):
 
 def rows_of(group):
     return group[0]
+
+
+def prompts_of(groups, longest):
+    """The prompt of each group, without its beginning where it is too long. -> token lists"""
+    return [tokens[:n][-longest:] for [(tokens, n), *_], _ in groups]

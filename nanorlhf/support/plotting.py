@@ -49,12 +49,14 @@ class Picture(Figure):
     _repr_png_ = png  # the method that notebooks call
 
 
-def curves(folder: str | Path, panels: list[tuple]) -> Path:
+def curves(folder: str | Path, panels: list[tuple] = ()) -> Path:
     """Draw the log of one run, one panel beside the other -> the path of its curves.png
 
-    panels: list of (title, unit, [metric, ...]). Metrics that the log does not have are left out.
-    Raises UserError where the folder has no log.
+    panels: list of (title, unit, [metric, ...]); none: one for each metric. Metrics that the log
+    does not have are left out. Raises UserError where the folder has no log.
     """
+    if not panels:
+        return overlay([folder])
     log, drawn = history(folder), []
     for title, unit, names in panels:
         lines = [(name, colour(name, i), *log[name]) for i, name in enumerate(names) if name in log]

@@ -104,14 +104,15 @@ def write_whole(path, content):
 class RunLog:
     """Writes all metrics to log.jsonl at every step, and some to the screen now and then.
 
-    every: steps from one line on the screen to the next; columns: the metrics it shows (none: all)
+    every: steps from one line on the screen to the next (0: 20 lines in all)
+    columns: the metrics that a line shows (none: all)
     decode: makes text of tokens; batch: the rows (tokens, prompt_len) of the current step. Both are
     used where a step goes wrong: its rows are then written to a file.
 
     Of several processes the first one writes, and the others have no folder.
     """
 
-    def __init__(self, folder=None, every=10, columns=(), decode=None):
+    def __init__(self, folder=None, every=0, columns=(), decode=None):
         self.folder = Path(folder) if folder and parallel.rank() == 0 else None
         self.every, self.columns, self.decode = every, columns, decode
         self.ends, self.bar, self.interrupted, self.stopping = set(), None, False, False
@@ -129,6 +130,7 @@ class RunLog:
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] < start]
             write_whole(self.folder / "log.jsonl", "".join(kept))
         self.ends, self.saved = {start, stop - 1}, start
+        self.every = self.every or max(1, stop // 20)
         bar = tqdm(total=stop, initial=start, disable=parallel.rank() > 0 or None, leave=False)
         with bar as self.bar, delayed_interrupt(self):
             for step in range(start, stop):
