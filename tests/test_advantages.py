@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanorlhf.advantages import gae, grpo, reinforce, rloo
+from nanorlhf.advantages import gae, grpo, of_responses, reinforce, rloo
 
 
 def batch(seed=0):
@@ -117,3 +117,37 @@ def test_an_easy_prompt_is_no_merit_of_its_responses(answer):
     scores = torch.randn(6)
     easier = scores + torch.tensor([10.0, 10, 10, 0, 0, 0])
     assert torch.allclose(answer(scores, 3), answer(easier, 3), atol=1e-5)
+
+
+# --- under a KL penalty ---
+
+SCORES = torch.tensor([0.0, 2.0, 5.0, 5.0])  # two prompts, two responses each
+KL = torch.tensor([3.0, 1.0, 2.0, 6.0])
+
+
+@pytest.mark.parametrize("method, plain", [("reinforce", reinforce), ("rloo", rloo)])
+def test_a_penalty_is_part_of_what_a_response_earns(method, plain):
+    earned = SCORES - 0.1 * KL
+    expected = plain(earned) if method == "reinforce" else plain(earned, 2)
+    assert torch.equal(of_responses(method, SCORES, 0.1 * KL, 2), expected)
+    assert torch.equal(of_responses(method, SCORES, 0 * KL, 2), of_responses(method, SCORES, 0, 2))
+
+
+def test_grpo_under_a_penalty_by_hand():
+    advantages = of_responses("grpo", SCORES, 0.1 * KL, 2)
+    # The scores 0 and 2 in deviations of sqrt(2), 5 and 5 in none; less the penalty, of which the
+    # other response's is the baseline.
+    half = 1 / 2**0.5
+    expected = torch.tensor([-half - 0.2, half + 0.2, 0.4, -0.4])
+    assert torch.allclose(advantages, expected, atol=1e-4)
+
+
+def test_grpo_divides_the_scores_alone_so_a_penalty_weighs_what_its_coefficient_says():
+    """Divided as well it would come out the same for 0.01 and 0.1: about 1."""
+    torch.manual_seed(0)
+    alike, kl = torch.full((8,), 3.0), torch.rand(8, dtype=torch.float64)
+    little, much = (of_responses("grpo", alike, c * kl, 4) for c in (0.01, 0.1))
+    assert torch.allclose(10 * little, much, rtol=1e-12) and 0.01 < much.abs().max() < 0.2
+    scores = torch.randn(8, dtype=torch.float64)
+    without, dear = (of_responses("grpo", scores, c * kl, 4) for c in (0.0, 0.1))
+    assert torch.equal(without, grpo(scores, 4)) and torch.allclose(dear - without, much)

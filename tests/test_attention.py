@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from nanorlhf import attention, model
 from nanorlhf.attention import attend, attend_fused, attend_plain, causal_mask
+from nanorlhf.model import GPT, GPTConfig, KVCache
 
 
 def inputs(T=5, S=5):
@@ -18,6 +21,7 @@ def cached_mask(positions):
 
 
 MASKS = {
+    "none": None,
     "causal": causal_mask(5, "cpu"),
     "five tokens and a cache": cached_mask([[3, 4, 5, 6, 7], [0, 1, 2, 3, 4]]),
     "one token and a cache": cached_mask([[7], [2]]),  # every decoding step looks like this
@@ -26,7 +30,7 @@ MASKS = {
 
 def values_and_gradients(form, mask, dtype=torch.float64):
     """What comes out of one form, and what flows back to q, k and v; all in float64 again."""
-    T, S = mask.shape[-2:]
+    T, S = (5, 5) if mask is None else mask.shape[-2:]
     q, k, v = (x.bfloat16().to(dtype).detach().requires_grad_() for x in inputs(T, S))
     out = form(q, k, v, mask)
     (out * torch.arange(1, T + 1, dtype=dtype)[:, None]).sum().backward()
@@ -77,3 +81,55 @@ def test_the_future_has_no_say(form):
     form(q, k, v, causal_mask(5, "cpu"))[:, :, 2].sum().backward()
     assert k.grad[:, :, :3].abs().min() > 0 and v.grad[:, :, :3].abs().min() > 0
     assert k.grad[:, :, 3:].abs().max() == 0 and v.grad[:, :, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("form", [attend_plain, attend_fused, attend])
+def test_no_mask_is_a_causal_mask(form):
+    q, k, v = inputs()
+    assert torch.allclose(form(q, k, v), form(q, k, v, causal_mask(5, "cpu")), rtol=0, atol=1e-14)
+    assert torch.equal(attend_plain(q, k, v), attend_plain(q, k, v, causal_mask(5, "cpu")))
+
+
+def spy_on_the_kernel(monkeypatch):
+    """What F.scaled_dot_product_attention is told of who may see whom, at every call."""
+    told, real = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        told.append((attn_mask, is_causal))
+        return real(q, k, v, attn_mask, dropout_p, is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return told
+
+
+def test_without_a_mask_the_kernel_is_told_causal_and_given_none(monkeypatch):
+    """CUDA's fastest kernel takes no mask; a tensor, though it says the same, rules it out."""
+    told, mask = spy_on_the_kernel(monkeypatch), causal_mask(5, "cpu")
+    attend_fused(*inputs())
+    attend_fused(*inputs(), mask)
+    assert told[0] == (None, True) and told[1][0] is mask and told[1][1] is False
+
+
+@torch.no_grad()
+def test_a_model_makes_a_mask_for_a_cache_alone(monkeypatch):
+    told = spy_on_the_kernel(monkeypatch)
+    monkeypatch.setattr(model, "attend", attend_fused)  # as on a GPU
+    torch.manual_seed(0)
+    gpt, tokens = GPT(GPTConfig(11, 8, 2, 2, 16)), torch.randint(11, (3, 5))
+    hidden = gpt.transformer(tokens)
+    assert told == [(None, True)] * 2  # one call a layer
+    told.clear()
+    cache = KVCache(gpt.config, 3, 8, "cpu", torch.float32)
+    cached = gpt.transformer(tokens, cache, torch.arange(5).expand(3, 5))
+    for mask, is_causal in told:
+        assert mask.shape == (3, 1, 5, 8) and not is_causal
+    assert len(told) == 2 and torch.allclose(hidden, cached, atol=1e-5)
+
+
+def test_a_cpu_takes_the_plain_form_and_a_gpu_the_fused_one(monkeypatch):
+    taken = []
+    for name in "attend_plain", "attend_fused":
+        monkeypatch.setattr(attention, name, lambda *given, name=name: taken.append(name))
+    for device in "cpu", "meta":
+        attend(*torch.zeros(3, 1, 1, 2, 4, device=device))
+    assert taken == ["attend_plain", "attend_fused"]

@@ -4,10 +4,11 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from nanorlhf import UserError
-from nanorlhf.generate import Decoder, generate, quick_batch, responses, sample
+from nanorlhf import generate as generate_module
+from nanorlhf.generate import generate, generate_rows, generate_texts, sample
 from nanorlhf.logprobs import response_logprobs, response_tokens
-from nanorlhf.model import GPT, GPTConfig, KVCache
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.support import UserError
 
 PROMPTS = [[1], [2, 4, 5, 6, 3, 1, 1], [6, 7], [8, 0, 1, 2]]
 EOS, PAD = 9, 10
@@ -32,6 +33,14 @@ def greedy_loop(model, prompt, max_new_tokens, eos=None):
         if tokens[-1] == eos:
             break
     return tokens[len(prompt) :]
+
+
+def numbers(B, R, rng=None):
+    return torch.rand(B, R, dtype=torch.float64, generator=rng)
+
+
+def responses(tokens, prompt_len, mask):
+    return [row[n : n + m].tolist() for row, n, m in zip(tokens, prompt_len, mask.sum(1))]
 
 
 # --- greedy ---
@@ -109,71 +118,6 @@ def test_responses_to_one_prompt_are_drawn_independently(model):
     assert same == pytest.approx((p**2).sum().item(), abs=4 * (0.25 / 2000) ** 0.5)
 
 
-# --- a step that can be captured ---
-
-
-def decoder_on(model, device):
-    tokens = torch.full((3, 12), PAD, device=device)
-    cache = KVCache(model.config, 3, 12, device, torch.float32)
-    prompt_len = torch.tensor([1, 3, 2], device=device)
-    return Decoder(model.to(device), cache, tokens, prompt_len, 1.0, EOS, PAD)
-
-
-@torch.no_grad()
-def test_a_step_asks_the_device_nothing(model):
-    """Tensors on the meta device have no data: whoever asks for it, or mixes devices, is told."""
-    decoder = decoder_on(model, "meta")
-    decoder.choose(torch.zeros(3, 16, device="meta"))
-    decoder.step()
-    with pytest.raises(RuntimeError, match="meta"):
-        bool(decoder.alive.any())
-
-
-@torch.no_grad()
-def test_a_step_changes_its_rows_in_place(model):
-    decoder = decoder_on(model, "cpu")
-    decoder.choose(torch.zeros(3, 16))
-    changing = ["token", "at", "alive", "tokens", "rows"]
-    before = {name: getattr(decoder, name).data_ptr() for name in changing}
-    at, keys = decoder.at.clone(), [k.data_ptr() for k in decoder.cache.k]
-    for _ in range(2):
-        decoder.step()
-    assert {name: getattr(decoder, name).data_ptr() for name in changing} == before
-    assert [k.data_ptr() for k in decoder.cache.k] == keys
-    assert (decoder.at - at).tolist() == [2, 2, 2]
-
-
-def test_shapes_stay_as_they_are_where_a_new_one_is_dear(model, monkeypatch):
-    seldom = greedy_loop(model, PROMPTS[0], 20)[5]  # three of six rows end on the way
-    asked = (PROMPTS[:1] * 2 + PROMPTS, 20, 0, seldom, PAD)
-    shapes, plain = set(), generate(model, *asked)
-
-    def step(decoder, real=Decoder.step):
-        shapes.add((*decoder.token.shape, *decoder.cache.k[0].shape))
-        real(decoder)
-
-    monkeypatch.setattr(Decoder, "step", step)
-    generate(model, *asked)
-    assert len(shapes) > 1  # on a CPU, rows that have ended are dropped
-    shapes.clear()
-    model.fused = True
-    fused = generate(model, *asked)
-    assert shapes == {(6, 6, 2, 64, 8)}
-    for ours, theirs in zip(plain, fused, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_a_captured_step_writes_what_the_plain_one_writes(model, temperature):
-    model, found = model.to("cuda"), []
-    for model.fused in (False, True):
-        torch.manual_seed(0)
-        found.append(generate(model, PROMPTS * 4, 20, temperature, EOS, PAD))
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.equal(ours, theirs)
-
-
 # --- what does not fit ---
 
 
@@ -189,15 +133,6 @@ def test_a_response_needs_a_prompt(model, prompts):
         generate(model, prompts, 4)
 
 
-def test_long_rows_of_a_large_model_are_answered_few_at_a_time():
-    tiny, prompts = GPT(GPTConfig(12, 64, 2, 2, 16)), [[1] * 20, [1] * 30]
-    assert quick_batch(tiny, prompts, 34) == 500
-    row = 2 * 4 * 2 * 16 * 64 + 4 * 4 * 12  # keys, values; four forms of a token's logits
-    assert quick_batch(tiny, prompts, 34, room=7.5 * row) == 7
-    assert quick_batch(tiny, prompts, 34, room=row / 2) == 1
-    assert quick_batch(tiny, [], 34) == 500
-
-
 # --- the sampler draws what the scorer scores ---
 
 
@@ -205,7 +140,7 @@ def test_long_rows_of_a_large_model_are_answered_few_at_a_time():
 def test_tokens_come_up_as_often_as_softmax_of_logits_over_temperature_says(temperature):
     torch.manual_seed(0)
     logits, n = torch.randn(12), 50_000
-    drawn = sample(logits.expand(n, 12), temperature).bincount(minlength=12)
+    drawn = sample(logits.expand(n, 12), temperature, numbers(n, 1)).bincount(minlength=12)
     wanted = (logits.double() / temperature).softmax(0) * n
     assert chisquare(drawn, wanted).pvalue > 1e-3
     other = (logits.double() / (temperature + 0.1)).softmax(0) * n
@@ -241,25 +176,61 @@ def test_whole_responses_come_up_as_often_as_their_logprobs_say(model, temperatu
         assert found[0] > 1e-3 and found[1] < 1e-6  # the test can tell
 
 
-@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
-def test_a_token_of_probability_zero_is_never_drawn(monkeypatch, u):
-    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size, u))
+NUMBERS = [0.0, 0.5, 1 - 2**-24, 1 - 2**-53]  # the last one is the float64 before 1
+
+
+@pytest.mark.parametrize("u", NUMBERS)
+def test_a_token_of_probability_zero_is_never_drawn(u):
     impossible = float("-inf")
     logits = torch.tensor([[impossible, 1.0, impossible, 1.0, impossible]])
-    assert sample(logits, 1.0).item() in (1, 3)
+    assert sample(logits, 1.0, torch.tensor([[u]], dtype=torch.float64)).item() in (1, 3)
 
 
-def test_no_number_from_zero_to_one_leads_out_of_the_vocabulary(monkeypatch):
+def test_no_number_from_zero_to_one_leads_out_of_the_vocabulary():
     torch.manual_seed(0)
     logits = torch.randn(500, 1000)  # rounding leaves many a sum a little under 1
-    for u in (0.0, 1 - 2**-24):
-        monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size, u))  # noqa: B023
-        assert sample(logits, 1.0).max() < 1000
+    for u in NUMBERS:
+        assert sample(logits, 1.0, torch.full((500, 1), u, dtype=torch.float64)).max() < 1000
+
+
+def seldom_tokens():
+    """Of GPT-2's vocabulary a thousand tokens are likely, and each of the others has a chance of
+    8e-10. -> logits (1, V), some of those, late ones, and the number that leads to each of them"""
+    logits = torch.full((1, 50_257), -14.0)
+    logits[0, :1000] = 0
+    until = logits[0].double().softmax(0).cumsum(0)
+    late = torch.arange(50_000, 50_200)
+    return logits, late, 1 - (until[late] + until[late - 1])[:, None] / 2
+
+
+def test_a_token_less_likely_than_the_last_digit_of_float32_can_be_drawn():
+    logits, late, u = seldom_tokens()
+    found = sample(logits.expand(200, -1), 1.0, u)
+    assert torch.equal(found, late)
+    assert logits[0].softmax(0)[late].max() < 2**-30
+    in_float32 = sample(logits.expand(200, -1), 1.0, u.float())
+    assert (in_float32 == late).float().mean() < 0.05  # the test can tell
+
+
+def test_the_random_numbers_keep_all_their_digits_on_the_way_to_the_sampler(model, monkeypatch):
+    logits, late, u = seldom_tokens()
+    model.head = lambda hidden: logits.expand(len(hidden), -1)
+    tokens, _, _ = generate(model, [[1]] * 200, 1, uniforms=u)
+    assert torch.equal(tokens[:, 1], late)
+    del model.head
+    given = []
+    monkeypatch.setattr(generate_module, "sample", lambda *a: given.append(a[2]) or sample(*a))
+    generate(model, [[1]] * 200, 5)
+    generate_rows(model, [[1]] * 200, 5, EOS, PAD)
+    for u in given:
+        assert u.shape == (200, 1) and u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
+        assert (u.float() != u).float().mean() > 0.9  # these have digits that float32 has not
+    assert len(given) == 10
 
 
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.randn(100, 9)
-    assert torch.equal(sample(logits, 0), logits.argmax(-1))
+    assert torch.equal(sample(logits, 0, numbers(100, 1)), logits.argmax(-1))
 
 
 def test_the_same_seed_gives_the_same_responses(model):
@@ -268,3 +239,56 @@ def test_the_same_seed_gives_the_same_responses(model):
         torch.manual_seed(seed)
         found.append(responses(*generate(model, PROMPTS, 10)))
     assert found[0] == found[1] != found[2]
+
+
+# --- any number of prompts ---
+
+
+@pytest.mark.parametrize("G", [1, 2])
+def test_how_the_prompts_are_split_into_batches_changes_no_response(model, G):
+    uniforms = numbers(12 * G, 12, torch.Generator().manual_seed(5))
+    batch = generate(model, PROMPTS * 3, 12, 0.9, EOS, PAD, G, uniforms)
+    prompts = [prompt for prompt in PROMPTS * 3 for _ in range(G)]
+    drawn = [(p + r, len(p)) for p, r in zip(prompts, responses(*batch), strict=True)]
+    assert len({tuple(tokens) for tokens, _ in drawn}) > 10 * G
+    for batch_size in 1, 3, 7, 0:
+        rng = torch.Generator().manual_seed(5)
+        rows = generate_rows(model, PROMPTS * 3, 12, EOS, PAD, 0.9, G, batch_size, rng=rng)
+        assert rows == drawn
+
+
+@pytest.mark.parametrize("G, batch_size, sizes", [(1, 5, [5, 5, 2]), (2, 5, [4] * 6), (1, 0, [12])])
+def test_a_batch_has_as_many_rows_as_it_may_and_whole_groups(
+    model, monkeypatch, G, batch_size, sizes
+):
+    seen, real = [], GPT.head  # of the language head, which the prefill's ends come to first
+    monkeypatch.setattr(GPT, "head", lambda m, hidden: seen.append(len(hidden)) or real(m, hidden))
+    generate_rows(model, PROMPTS * 3, 1, EOS, PAD, G=G, batch_size=batch_size)
+    assert seen == sizes
+
+
+class Letters:
+    """A tokenizer whose tokens are digits."""
+
+    eos, pad = EOS, PAD
+
+    def decode(self, tokens):
+        return "".join("0123456789_"[token] for token in tokens)
+
+
+def test_texts_are_those_of_the_seed_and_leave_the_random_state_of_the_run_alone(model):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    texts, again, others = (
+        generate_texts(model, Letters(), PROMPTS, 10, 1.0, n) for n in (7, 7, 8)
+    )
+    assert torch.equal(torch.rand(3), expected)
+    assert texts == again != others
+    assert [prompt for prompt, _ in texts] == [Letters().decode(prompt) for prompt in PROMPTS]
+    rng = torch.Generator().manual_seed(7)
+    rows = generate_rows(model, PROMPTS, 10, EOS, PAD, rng=rng)
+    assert [prompt + response for prompt, response in texts] == [
+        Letters().decode(tokens) for tokens, _ in rows
+    ]
+    assert all(len(response) == 10 or response[-1] == "9" for _, response in texts)  # no padding

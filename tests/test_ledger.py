@@ -15,14 +15,14 @@ import pytest
 import torch
 
 import train_ppo
-from nanorlhf import UserError, environment, generate, ppo, reward, sft, tokenizer
+from nanorlhf import environment, generate, ppo, reward, sft, tokenizer
 from nanorlhf.generate import sample
 from nanorlhf.logprobs import kl_k1
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.ppo import PPOConfig, collect, diagnose, policy_loss, step, summarise, update
 from nanorlhf.reward import RMConfig
 from nanorlhf.sft import SFTConfig
-from nanorlhf.support import config
+from nanorlhf.support import UserError, config, loop
 from nanorlhf.support.data import collate, split
 from nanorlhf.support.runlog import RunLog
 
@@ -103,6 +103,11 @@ def weights(model):
     return torch.cat([w.detach().flatten() for w in model.parameters()])
 
 
+def plain_steps(policy, critic, lr=0.0):
+    networks = dict(policy_optimizer=policy, critic_optimizer=critic)
+    return {name: torch.optim.SGD(model.parameters(), lr=lr) for name, model in networks.items()}
+
+
 class Enough(Exception):
     """What a test raises to leave a run when it has seen what it came for."""
 
@@ -117,8 +122,11 @@ def test_sampled_tokens_are_never_read_back_from_text(monkeypatch):
     model = GPT(GPTConfig(tok.vocab_size, n_positions=96, n_layer=1, n_head=2, n_embd=16)).eval()
     prompts = [tok.encode(p) for p in environment.prompts(20)]
     monkeypatch.setattr(generate, "generate", lambda *a: batches.append(real(*a)) or batches[-1])
-    rows = generate.sample_rows(model, tok, prompts, RMConfig(max_new_tokens=12))
-    drawn = [response for batch in batches for response in generate.responses(*batch)]
+    rows = generate.generate_rows(model, prompts, 12, tok.eos, tok.pad, batch_size=8)
+    assert len(batches) == 3
+    drawn = [
+        tokens[n : n + kept.sum()].tolist() for batch in batches for tokens, n, kept in zip(*batch)
+    ]
     assert rows == [(p + r, len(p)) for p, r in zip(prompts, drawn, strict=True)]
     plain = [[t for t in response if t not in (tok.eos, tok.pad)] for response in drawn]
     assert sum(tok.encode(tok.decode(response)) != response for response in plain) > 15
@@ -142,10 +150,10 @@ class Notes(RunLog):
 
 
 def test_each_comparison_is_seen_once_at_a_rate_that_falls_to_zero(monkeypatch):
-    rng, seen, real = random.Random(0), [], reward.gather
+    rng, seen, real = random.Random(0), [], loop.step
     pairs = [tuple(([i % 9, rng.randrange(9), EOS], 1) for _ in "ab") for i in range(9)] * 20
     groups = [([a, b], [(0, 1)]) for a, b in pairs]
-    monkeypatch.setattr(reward, "gather", lambda batch, *a: seen.extend(batch) or real(batch, *a))
+    monkeypatch.setattr(loop, "step", lambda f, batch, *a: seen.extend(batch) or real(f, batch, *a))
     cfg, log = RMConfig(device="cpu", dtype="float32", batch_size=4, learning_rate=1e-3), Notes()
     reward.train(ScalarGPT(TINY), groups, PAD, cfg, log)
     assert sorted(seen) == sorted(groups)  # one pass
@@ -168,7 +176,7 @@ def test_the_kl_of_what_is_sampled_is_the_kl_and_truncation_would_show():
     top_50 = policy.masked_fill(policy < policy.topk(50).values[-1], float("-inf"))
     n, kl = 20_000, []
     for logits in policy, top_50:
-        drawn = torch.cat([sample(logits.expand(1000, -1), 1.0) for _ in range(n // 1000)])
+        drawn = sample(logits.expand(n, -1), 1.0, torch.rand(n, 1, dtype=torch.float64))
         kl.append(kl_k1(logp[drawn], ref[drawn]).mean())
     assert abs(kl[0] - exact) < 3 * noise / n**0.5
     assert exact > 20 * noise / n**0.5 and kl[1] < -exact  # the test can tell
@@ -192,7 +200,7 @@ def test_in_bfloat16_the_first_ratio_is_one_though_the_sampler_rounds_otherwise(
     )
     gap = (in_float32 - rollout.old_logprobs)[rollout.mask].abs().max().item()
     assert 1e-4 < gap < 0.1
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (models[0], models[2])]
+    optimizers = plain_steps(models[0], models[2])
     one = dataclasses.replace(cfg, epochs=1, minibatches=1)
     metrics = update(models[0], models[2], optimizers, rollout, one)
     assert metrics["approx_kl"] < 1e-9 and metrics["clip_frac"] == 0
@@ -203,7 +211,7 @@ def test_minibatches_take_advantages_as_they_are(monkeypatch):
     models, seen, real = three_models(), [], ppo.policy_loss
     rollout = roll(models)
     monkeypatch.setattr(ppo, "policy_loss", lambda *given: seen.append(given[2]) or real(*given))
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (models[0], models[2])]
+    optimizers = plain_steps(models[0], models[2])
     update(models[0], models[2], optimizers, rollout, dataclasses.replace(CFG, epochs=1))
     assert len(seen) == 2
     assert sorted(torch.cat(seen).tolist()) == sorted(rollout.advantages.tolist())
@@ -226,7 +234,9 @@ def caught(monkeypatch, models):
 def test_the_optimizers_are_adam_with_the_epsilon_and_betas_of_ppo(monkeypatch):
     """Two steps of each by hand: with epsilon 1e-5, a gradient of 1e-5 moves half as far."""
     models = three_models()
-    for model, optimizer in zip(models[::2], caught(monkeypatch, models), strict=True):
+    optimizers = caught(monkeypatch, models)
+    assert [*optimizers] == ["policy_optimizer", "critic_optimizer"]
+    for model, optimizer in zip(models[::2], optimizers.values(), strict=True):
         [group], w = optimizer.param_groups, model.transformer.wpe.weight
         assert len(group["params"]) == len(list(model.parameters()))
         group["lr"], before = 0.1, w.detach().clone()
@@ -257,8 +267,7 @@ def update_of_reward(model):
 def update_of_ppo(model):
     _, reference, critic = three_models()
     rollout = roll((model, reference, critic))
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, critic)]
-    step(model, critic, optimizers, rollout, CFG, first=False)
+    step(model, critic, plain_steps(model, critic, lr=0.1), rollout, CFG)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +322,7 @@ def test_what_stands_behind_the_mask_reaches_no_loss_no_gradient_and_no_metric()
         found.append(torch.tensor([loss.item(), *numbers.values()]))
     assert all(torch.allclose(found[0], other) for other in found)
     assert 0 < found[0][list(numbers).index("clip_frac") + 1] < 1
+    assert found[0][list(numbers).index("ratio_gap") + 1] > 0.1
 
 
 # --- KL (33 to 39) ---
@@ -410,9 +420,9 @@ def test_the_language_head_is_run_on_response_positions_alone(monkeypatch):
     R = rollout.mask.shape[1]
     sampled, scored = widths[:-4], widths[-4:]  # policy and reference, in two parts
     assert set(sampled) == {()} and scored == [(R,)] * 4  # one position a step; then R
-    assert rollout.tokens.shape[1] >= R + 4  # prompts, too, have positions
+    assert rollout.tokens.shape[1] > R + 2  # prompts, too, have positions
     widths.clear()
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (models[0], models[2])]
+    optimizers = plain_steps(models[0], models[2])
     update(models[0], models[2], optimizers, rollout, CFG)
     assert set(widths) == {(R,)}
     widths.clear()

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from nanorlhf import UserError, reward
+from nanorlhf import reward
 from nanorlhf.model import GPT, GPTConfig, KVCache, ScalarGPT
-from nanorlhf.support import checkpoint
+from nanorlhf.support import UserError, checkpoint
 
 TINY = GPTConfig(vocab_size=17, n_positions=12, n_layer=2, n_head=4, n_embd=16)
 
@@ -239,7 +239,7 @@ def test_a_gpt2_whose_head_is_another_matrix(tmp_path):
 
 def test_a_weight_that_is_missing(tmp_path):
     damage(tmp_path, without=["transformer.h.1.mlp.c_fc.bias"])
-    with pytest.raises(UserError, match="no weight transformer.h.1.mlp.c_fc.bias.* 2 layers"):
+    with pytest.raises(UserError, match="no weight transformer.h.1.mlp.c_fc.bias.*GPT-2 of config"):
         GPT.load(tmp_path)
 
 
@@ -292,3 +292,9 @@ def test_checking_a_folder_throws_no_dice(tmp_path):
     torch.manual_seed(0)
     GPT.load(tmp_path)
     assert torch.rand(3).equal(expected)
+
+
+def test_a_reward_model_without_its_head_is_refused_where_a_fresh_one_will_not_do(tmp_path):
+    GPT(TINY).save(tmp_path)
+    with pytest.raises(UserError, match="no weight score.weight; expected a reward model"):
+        reward.load(tmp_path)

@@ -5,14 +5,16 @@ import copy
 import dataclasses
 import json
 import math
-from functools import partial
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanorlhf import UserError, ppo
+from nanorlhf import generate, ppo
 from nanorlhf.advantages import gae, grpo, reinforce, rloo
 from nanorlhf.logprobs import (
     masked,
@@ -28,6 +30,7 @@ from nanorlhf.ppo import (
     adapt,
     collect,
     diagnose,
+    make_optimizers,
     policy_loss,
     shape_rewards,
     step,
@@ -35,6 +38,7 @@ from nanorlhf.ppo import (
     update,
     value_loss,
 )
+from nanorlhf.support import UserError
 from nanorlhf.support.runlog import RunLog, read
 
 TINY = GPTConfig(vocab_size=11, n_positions=20, n_layer=1, n_head=2, n_embd=16)
@@ -228,12 +232,41 @@ def test_a_constant_added_to_every_score_reaches_only_the_critic():
     assert torch.allclose(rollouts[0].returns + 5, rollouts[1].returns, atol=1e-5)
 
 
+@pytest.mark.parametrize("G, size, widest", [(1, 3, 3), (4, 8, 8), (4, 5, 4), (1, 0, 12)])
+def test_a_micro_batch_bounds_what_is_sampled_at_once(monkeypatch, G, size, widest):
+    """And what is measured. The rollout is the same: its random numbers are drawn beforehand."""
+    sampled, measured, real = [], spy_on(monkeypatch, "measure"), generate.generate
+
+    def spy(model, prompts, *given):
+        batch = real(model, prompts, *given)
+        sampled.append(len(batch[0]))
+        return batch
+
+    monkeypatch.setattr(generate, "generate", spy)
+    cfg = dataclasses.replace(CFG, responses=G, batch_size=12, minibatches=1)
+    prompts = (PROMPTS * 3)[: 12 // G]
+    rollout, *_ = roll(dataclasses.replace(cfg, micro_batch_size=size), prompts)
+    assert sum(sampled) == len(rollout) and max(sampled) == widest
+    assert max(len(given[4]) for given in measured) == (size or len(rollout))
+    whole, *_ = roll(cfg, prompts)
+    for name in "tokens prompt_len mask ended".split():
+        assert torch.equal(getattr(rollout, name), getattr(whole, name)), name
+    for name in "old_logprobs ref_logprobs entropy old_values rewards advantages returns".split():
+        kept, all_at_once = (getattr(x, name)[whole.mask] for x in (rollout, whole))
+        assert torch.allclose(kept, all_at_once, atol=1e-5), name
+
+
 # --- update ---
 
 
 def one_update(policy, critic, rollout, cfg):
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (policy, critic)]
-    return update(policy, critic, optimizers, rollout, cfg)
+    return update(policy, critic, make_optimizers(policy, critic, cfg), rollout, cfg)
+
+
+def plain_steps(policy, critic, lr):
+    """Optimizers that move each network by the rate times its gradient."""
+    networks = dict(policy_optimizer=policy, critic_optimizer=critic)
+    return {name: torch.optim.SGD(model.parameters(), lr=lr) for name, model in networks.items()}
 
 
 def test_the_first_ratio_is_one():
@@ -245,16 +278,34 @@ def test_the_first_ratio_is_one():
 
 def test_a_forgotten_temperature_is_caught():
     rollout, policy, _, critic = roll(dataclasses.replace(CFG, temperature=0.5))
-    with pytest.raises(AssertionError, match="first minibatch's ratio"):
-        one_update(policy, critic, rollout, CFG)
-    one_update(policy, critic, rollout, dataclasses.replace(CFG, temperature=0.5))
+    right, wrong = ([copy.deepcopy(model) for model in (policy, critic)] for _ in range(2))
+    with pytest.raises(RuntimeError, match="expected a ratio of 1 at the first step"):
+        one_update(*wrong, rollout, CFG)
+    one_update(*right, rollout, dataclasses.replace(CFG, temperature=0.5))
 
 
 def test_dropout_left_on_is_caught():
     policy, reference, critic = three_models(dropout=0.3)
     rollout = collect(policy, reference, critic, share_of_liked, PROMPTS, CFG, 0.1, EOS, PAD)
-    with pytest.raises(AssertionError, match="first minibatch's ratio"):
+    with pytest.raises(RuntimeError, match="expected a ratio of 1 at the first step"):
         one_update(policy, critic, rollout, CFG)
+
+
+def test_a_ratio_that_is_not_1_is_caught_under_python_without_asserts_too():
+    """`python -O` leaves every assert out."""
+    program = """
+import dataclasses, torch
+from test_ppo import CFG, one_update, roll
+rollout, policy, _, critic = roll(dataclasses.replace(CFG, temperature=0.5))
+one_update(policy, critic, rollout, CFG)
+"""
+    here = Path(__file__).parent
+    words, folders = [sys.executable, "-O", "-c", program], os.pathsep.join(sys.path)
+    done = subprocess.run(
+        words, cwd=here, env=os.environ | dict(PYTHONPATH=folders), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: expected a ratio of 1 at the first step" in done.stderr
 
 
 def test_an_update_does_not_turn_dropout_on():
@@ -308,9 +359,8 @@ def test_how_the_rows_are_split_to_fit_into_memory_changes_nothing(size):
         cfg = dataclasses.replace(CFG, micro_batch_size=micro_batch_size, epochs=2, minibatches=2)
         rollout, policy, _, critic = roll(cfg, PROMPTS * 3)
         assert len(set(rollout.mask.sum(1).tolist())) > 3
-        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (policy, critic)]
         torch.manual_seed(2)
-        metrics = update(policy, critic, optimizers, rollout, cfg)
+        metrics = update(policy, critic, plain_steps(policy, critic, 0.1), rollout, cfg)
         weights = torch.cat([w.flatten() for m in (policy, critic) for w in m.parameters()])
         found.append((rollout.returns, weights, torch.tensor([*metrics.values()])))
     for whole, parts in zip(*found, strict=True):
@@ -324,9 +374,8 @@ def test_a_step_is_no_longer_than_allowed():
         rollout, *models = roll()
         policy, critic = models[0], models[2]
         before = [[w.detach().clone() for w in model.parameters()] for model in (policy, critic)]
-        optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (policy, critic)]
         cfg = dataclasses.replace(CFG, grad_clip=grad_clip)
-        metrics = step(policy, critic, optimizers, rollout, cfg, first=True)
+        metrics = step(policy, critic, plain_steps(policy, critic, 1.0), rollout, cfg)
         logged += [metrics["policy_grad_norm"].item(), metrics["critic_grad_norm"].item()]
         moved += [
             sum((w - old).square().sum() for w, old in zip(model.parameters(), was, strict=True))
@@ -358,9 +407,10 @@ def test_how_far_an_update_has_moved_by_hand():
 
 def test_the_numbers_of_an_update_are_means_over_its_steps(monkeypatch):
     rollout, policy, _, critic = roll()
-    numbers = iter([dict(loss=torch.tensor(x)) for x in (1.0, 2.0, 6.0, 7.0)])
+    gap = torch.zeros(())
+    numbers = iter([dict(loss=torch.tensor(x), ratio_gap=gap) for x in (1.0, 2.0, 6.0, 7.0)])
     monkeypatch.setattr(ppo, "step", lambda *_: next(numbers))
-    assert update(policy, critic, (), rollout, CFG) == dict(loss=4.0)
+    assert update(policy, critic, {}, rollout, CFG) == dict(loss=4.0, ratio_gap=0.0)
 
 
 # --- the KL price ---
@@ -401,8 +451,7 @@ def test_the_numbers_of_a_rollout_by_hand():
         entropy=3, response_len=1.5, ended=0.5,
         explained_variance=1 - 0.25 / 1,  # errors 0, 0.5 and 1; returns 1, 2 and 3
     )  # fmt: skip
-    found = {name: x.item() for name, x in summarise(rollout).items()}
-    assert found == pytest.approx(expected)
+    assert summarise(rollout) == pytest.approx(expected)
 
 
 TOY = dataclasses.replace(
@@ -447,13 +496,22 @@ def test_learning_rates_fall_in_a_straight_line(monkeypatch):
     rates, real = [], ppo.update
 
     def spy(policy, critic, optimizers, *rest):
-        rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+        rates.append([o.param_groups[0]["lr"] for o in optimizers.values()])
+        assert [*optimizers] == ["policy_optimizer", "critic_optimizer"]
         return real(policy, critic, optimizers, *rest)
 
     monkeypatch.setattr(ppo, "update", spy)
     train(dataclasses.replace(TOY, steps=4, learning_rate=0.004, critic_learning_rate=0.008))
     expected = [[0.004, 0.008], [0.003, 0.006], [0.002, 0.004], [0.001, 0.002]]
     assert torch.allclose(torch.tensor(rates), torch.tensor(expected))
+
+
+def test_the_rate_of_a_step_is_in_the_log_and_may_warm_up_first(tmp_path):
+    cfg = dataclasses.replace(TOY, steps=4, learning_rate=0.004, critic_learning_rate=0.008)
+    train(dataclasses.replace(cfg, warmup=2, out=str(tmp_path)), log=RunLog(tmp_path))
+    rows = read(tmp_path)
+    assert [row["policy_lr"] for row in rows] == pytest.approx([0.002, 0.003, 0.002, 0.001])
+    assert [row["critic_lr"] for row in rows] == pytest.approx([0.004, 0.006, 0.004, 0.002])
 
 
 @pytest.mark.parametrize("advantage", ["reinforce", "rloo", "grpo"])
@@ -470,20 +528,45 @@ def test_without_a_critic_the_score_goes_up_too(advantage, tmp_path):
 
 @pytest.mark.parametrize(
     "advantage, expected",
-    [("reinforce", reinforce), ("rloo", partial(rloo, G=4)), ("grpo", partial(grpo, G=4))],
+    [
+        ("reinforce", lambda scores, penalty: reinforce(scores - penalty)),
+        ("rloo", lambda scores, penalty: rloo(scores - penalty, G=4)),
+        ("grpo", lambda scores, penalty: grpo(scores, G=4) - rloo(penalty, G=4)),
+    ],
 )
 def test_without_a_critic_a_response_is_pushed_by_all_that_it_earned(advantage, expected):
     policy, reference, _ = three_models()
     with torch.no_grad():
         reference.transformer.wte.weight += 0.1 * torch.randn(11, 16)
     cfg = dataclasses.replace(CFG, advantage=advantage, responses=4, batch_size=16)
+    cfg.no_end_penalty = 0.5
     rollout = collect(policy, reference, None, share_of_liked, PROMPTS, cfg, 0.1, EOS, PAD)
     assert rollout.old_values is None and rollout.returns is None
     assert rollout.prompt_len.tolist() == [n for n in (1, 3, 2, 4) for _ in range(4)]
-    earned = expected(rollout.rewards.sum(1))
-    assert torch.allclose(rollout.advantages, earned[:, None].expand_as(rollout.rewards))
     kl = masked(rollout.old_logprobs - rollout.ref_logprobs, rollout.mask).sum(1)
-    assert torch.allclose(rollout.rewards.sum(1), rollout.scores - 0.1 * kl, atol=1e-5)
+    scores = rollout.scores - 0.5 * ~rollout.ended
+    pushed = expected(scores, 0.1 * kl)[:, None].expand_as(rollout.rewards)
+    assert torch.allclose(rollout.advantages, pushed, atol=1e-5)
+    assert torch.allclose(rollout.rewards.sum(1), scores - 0.1 * kl, atol=1e-5)
+    assert kl.abs().max() > 0.1 and 0 < rollout.ended.sum() < 16  # each of the three had its say
+
+
+def test_where_a_group_scores_alike_grpo_is_pushed_by_the_penalty_as_dear_as_it_is():
+    """Divided by its own deviation, a penalty would weigh about 1 whatever its coefficient."""
+    policy, reference, _ = three_models()
+    with torch.no_grad():
+        reference.transformer.wte.weight += 0.1 * torch.randn(11, 16)
+    cfg = dataclasses.replace(CFG, advantage="grpo", responses=4, batch_size=16)
+    pushed = []
+    for kl_coef in 0.01, 0.1:
+        torch.manual_seed(1)
+        alike = lambda tokens, prompt_len, mask: torch.full((len(mask),), 2.0)  # noqa: E731
+        rollout = collect(policy, reference, None, alike, PROMPTS, cfg, kl_coef, EOS, PAD)
+        pushed.append(rollout.advantages)
+    assert torch.allclose(10 * pushed[0], pushed[1], atol=1e-6)
+    kl = masked(rollout.old_logprobs - rollout.ref_logprobs, rollout.mask).sum(1)
+    assert torch.allclose(pushed[1][:, 0], -0.1 * rloo(kl, 4), atol=1e-6)
+    assert 0.01 < pushed[1].abs().max() < 0.5
 
 
 @pytest.mark.parametrize(
@@ -553,4 +636,4 @@ def test_a_single_token_is_a_rollout_too():
         old_logprobs=one, ref_logprobs=one, entropy=one, scores=one[0], rewards=one,
         advantages=one, old_values=one, returns=one + 1,
     )  # fmt: skip
-    assert all(x.isfinite() for x in summarise(rollout).values())
+    assert all(math.isfinite(x) for x in summarise(rollout).values())

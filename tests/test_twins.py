@@ -22,7 +22,7 @@ from nanorlhf.logprobs import (
     token_logprobs,
 )
 from nanorlhf.model import GPT, GPTConfig, KVCache, ScalarGPT
-from nanorlhf.support.config import autocast, fuse
+from nanorlhf.support.config import autocast, compile_trunks
 from nanorlhf.support.data import collate
 
 EOS, PAD = 9, 10
@@ -51,9 +51,9 @@ def test_each_token_was_drawn_from_what_the_scorer_says(monkeypatch, temperature
     model, steps, real = scrambled(GPT(TINY)).to(dtype), [], generate.sample
     rows, B = [torch.arange(4 * len(PROMPTS))], 4 * len(PROMPTS)
 
-    def spy(logits, temperature):
+    def spy(logits, temperature, u):
         steps.append((rows[-1], (logits / temperature).log_softmax(-1)))
-        return real(logits, temperature)
+        return real(logits, temperature, u)
 
     def keep(cache, alive, real=KVCache.keep):
         rows.append(rows[-1][alive])
@@ -194,7 +194,8 @@ def test_a_compiled_model_writes_the_same():
     model = scrambled(GPT(GPTConfig(11, 64, 1, 2, 16)))
     plain = generate.generate(model, PROMPTS, 12, 0, EOS, PAD)
     with torch._inductor.config.patch(compile_threads=1):
-        fuse(True, model)
+        compile_trunks(True, model)
+        assert model.compiled
         compiled = generate.generate(model, PROMPTS, 12, 0, EOS, PAD)
     torch._dynamo.reset()
     for ours, theirs in zip(plain, compiled, strict=True):
@@ -251,9 +252,9 @@ def test_a_normalised_reward_model_scores_the_same_there(tmp_path):
     """transformers reads the last token that is no pad, so it has to be told which one that is."""
     model, rng = scrambled(ScalarGPT(TINY)), random.Random(0)
     rows = [([rng.randrange(10) for _ in range(rng.randint(2, 30))], 1) for _ in range(40)]
-    before = reward.score_rows(model, rows, PAD, "float32")
+    before = reward.score_rows(reward.by_model(model), rows, PAD, model.device, "float32")
     reward.normalise(model, rows, PAD, "float32")
-    after = reward.score_rows(model, rows, PAD, "float32")
+    after = reward.score_rows(reward.by_model(model), rows, PAD, model.device, "float32")
     model.save(tmp_path, pad_token_id=PAD)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     tokens, _, _ = collate(rows, PAD)
@@ -268,11 +269,13 @@ def test_a_normalised_reward_model_scores_the_same_there(tmp_path):
 @pytest.mark.parametrize("eos", [None, 3])
 def test_the_likeliest_continuation_is_the_same_there(eos, tmp_path):
     """Theirs needs left padding, a mask and shifted positions for prompts of mixed length."""
+    torch.manual_seed(0)
     model = scrambled(GPT(TINY), seed=4)
     model.save(tmp_path, pad_token_id=PAD)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    batch = generate.generate(model, PROMPTS, 20, temperature=0, eos=eos, pad=PAD)
-    ours = generate.responses(*batch)
+    tokens, prompt_len, mask = generate.generate(model, PROMPTS, 20, 0, eos, PAD)
+    ends = prompt_len + mask.sum(1)
+    ours = [row[n:end].tolist() for row, n, end in zip(tokens, prompt_len, ends, strict=True)]
 
     P = max(map(len, PROMPTS))
     padded = torch.tensor([[PAD] * (P - len(p)) + p for p in PROMPTS])

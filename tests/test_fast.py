@@ -1,0 +1,208 @@
+"""The fast forms give what the plain ones of the course give, to the bit."""
+
+import pytest
+import torch
+
+from nanorlhf import generate
+from nanorlhf.logprobs import entropy, token_logprobs
+from nanorlhf.model import GPT, GPTConfig, KVCache
+from nanorlhf.support import fast
+
+# --- a few rows at a time ---
+
+V = 300_000  # so long that six rows are cut into two chunks
+
+
+def values_and_gradient(at_a_time, name, dtype, temperature):
+    """What is said of six rows of logits (2, 3, V), and where it pushes them."""
+    torch.manual_seed(0)
+    logits, chosen = torch.randn(2, 3, V, dtype=dtype) * 3, torch.randint(V, (2, 3))
+    chosen[0, 1] = logits[0, 1].argmax()  # one that is likely, too
+    logits[0, 1, chosen[0, 1]] += 12
+    push = torch.randn(2, 3, dtype=dtype)
+    logits.requires_grad_()
+    function, others = dict(logprobs=(token_logprobs, [chosen]), entropy=(entropy, []))[name]
+    if at_a_time:
+        said = fast.rows_at_a_time(function, logits, *others, temperature=temperature)
+    else:
+        said = function(logits, *others, temperature)
+    (said * push).sum().backward()
+    return said.detach(), logits.grad
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["logprobs", "entropy"])
+def test_a_few_rows_at_a_time_say_and_learn_what_all_at_once_do(name, dtype, temperature):
+    """To the bit: each row is computed by itself, in the same operations."""
+    assert len(list(fast.chunks(torch.empty(6, V)))) == 2  # three rows, and three
+    said, gradient = values_and_gradient(True, name, dtype, temperature)
+    plain, plain_gradient = values_and_gradient(False, name, dtype, temperature)
+    assert said.dtype == plain.dtype == torch.promote_types(dtype, torch.float32)
+    assert gradient.dtype == dtype and said.shape == (2, 3)
+    assert torch.equal(said, plain) and torch.equal(gradient, plain_gradient)
+    assert gradient.abs().max() > 1e-3 and said.std() > 0.1
+
+
+def test_the_gradient_of_log_probs_is_that_of_their_differences():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    chosen = torch.randint(5, (2, 3))
+
+    def rows_at_a_time(x):
+        return fast.rows_at_a_time(token_logprobs, x, chosen, temperature=0.7)
+
+    assert torch.autograd.gradcheck(rows_at_a_time, logits)
+
+
+def test_log_probs_keep_no_second_copy_of_the_logits():
+    logits, kept = torch.randn(64, 30_000).bfloat16().requires_grad_(), {}
+
+    def keep(x):
+        kept[x.data_ptr()] = x.nbytes
+        return x
+
+    held = []
+    for say in (lambda *x: fast.rows_at_a_time(token_logprobs, *x), token_logprobs):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            said = say(logits, torch.zeros(64, dtype=torch.long))
+        assert said.shape == (64,)
+        held.append(sum(kept.values()) / logits.nbytes)
+    assert held[0] < 1.01 and held[1] > 2  # the plain form keeps one of twice the size
+
+
+def test_the_chunks_are_all_rows_in_their_order():
+    rows, others = torch.arange(7)[:, None].expand(7, 2**19), torch.arange(7)
+    parts = [(x[:, 0].tolist(), y.tolist()) for x, y in fast.chunks(rows, others)]
+    assert parts == [([0, 1],) * 2, ([2, 3],) * 2, ([4, 5],) * 2, ([6],) * 2]
+
+
+# --- many steps ---
+
+PROMPTS = [[1], [2, 4, 5, 6, 3, 1, 1], [6, 7], [8, 0, 1, 2]] * 6
+EOS, PAD = 9, 10
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(vocab_size=11, n_positions=48, n_layer=2, n_head=2, n_embd=16)).eval()
+
+
+def written(monkeypatch, model, decode, R, temperature, ending):
+    """What generate writes with this decode, if the end is so much likelier than it would be."""
+    uniforms = torch.rand(24, R, generator=torch.Generator().manual_seed(1)).double()
+    tempting = ending * torch.eye(11)[EOS]
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, "decode", decode)
+        patch.setattr(model, "head", lambda hidden: GPT.head(model, hidden) + tempting)
+        return generate.generate(model, PROMPTS, R, temperature, EOS, PAD, uniforms=uniforms)
+
+
+def plainly(sample, *everything_else):
+    assert sample is generate.sample
+    generate.decode(*everything_else)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("ending", [-9.0, 0.0, 1.0, 9.0])
+@pytest.mark.parametrize("R", [1, 2, 8, 9, 40])
+def test_decode_writes_what_the_plain_loop_writes(monkeypatch, model, R, ending, temperature):
+    rows, real = [], fast.Decoder.step
+    plain = written(monkeypatch, model, plainly, R, temperature, ending)
+    monkeypatch.setattr(
+        fast.Decoder, "step", lambda self: rows.append(len(self.rows)) or real(self)
+    )
+    ours = written(monkeypatch, model, fast.decode, R, temperature, ending)
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a, b)
+    assert len(rows) <= R - 1 and rows == sorted(rows, reverse=True)
+    if ending < 0:  # nothing ends
+        assert rows == [24] * (R - 1) and plain[2].all()
+    if R == 40 and temperature and ending in (0, 1):
+        assert rows[0] == 24 > rows[-1] > 0  # rows that had ended were dropped on the way
+    if R == 40 and ending == 9:
+        assert rows == [24] * 7  # all had ended, and it stopped where it looked first
+
+
+# --- a step that can be captured ---
+
+
+def decoder_on(model, device):
+    """Three rows with prompts of one, three and two tokens."""
+    tokens = torch.full((3, 12), PAD, device=device)
+    uniforms = torch.empty(3, 9, dtype=torch.float64, device=device).fill_(0.5)
+    cache = KVCache(model.config, 3, 12, device, torch.float32)
+    prompt_len = torch.tensor([1, 3, 2], device=device)
+    settings = cache, tokens, prompt_len, uniforms, 1.0, EOS, PAD
+    return fast.Decoder(generate.sample, model.to(device), *settings)
+
+
+@torch.no_grad()
+def test_a_step_asks_the_device_nothing(model):
+    """Tensors on the meta device have no data: whoever asks for it, or mixes devices, is told."""
+    decoder = decoder_on(model, "meta")
+    decoder.choose(torch.zeros(3, 16, device="meta"))
+    decoder.step()
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(decoder.alive.any())
+
+
+@torch.no_grad()
+def test_a_step_changes_its_rows_in_place(model):
+    decoder = decoder_on(model, "cpu")
+    decoder.choose(torch.zeros(3, 16))
+    changing = ["token", "at", "r", "alive", "tokens", "rows", "uniforms"]
+    before = {name: getattr(decoder, name).data_ptr() for name in changing}
+    at, keys = decoder.at.clone(), [k.data_ptr() for k in decoder.cache.k]
+    for _ in range(2):
+        decoder.step()
+    assert {name: getattr(decoder, name).data_ptr() for name in changing} == before
+    assert [k.data_ptr() for k in decoder.cache.k] == keys
+    assert (decoder.at - at).tolist() == [2, 2, 2] and decoder.r.tolist() == [3]
+
+
+def test_shapes_stay_as_they_are_where_a_new_one_is_dear(model, monkeypatch):
+    uniforms = torch.rand(24, 20, generator=torch.Generator().manual_seed(1)).double()
+    asked = (PROMPTS, 20, 1.0, EOS, PAD, 1, uniforms)
+    shapes, plain = set(), generate.generate(model, *asked)
+
+    def step(decoder, real=fast.Decoder.step):
+        shapes.add((*decoder.token.shape, *decoder.cache.k[0].shape))
+        real(decoder)
+
+    monkeypatch.setattr(fast.Decoder, "step", step)
+    generate.generate(model, *asked)
+    assert len(shapes) > 1  # on a CPU, rows that have ended are dropped
+    shapes.clear()
+    model.compiled = True
+    compiled = generate.generate(model, *asked)
+    assert shapes == {(24, 24, 2, 64, 8)}
+    for ours, theirs in zip(plain, compiled, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_captured_step_writes_what_the_plain_one_writes(model, temperature):
+    model, found = model.to("cuda"), []
+    for model.compiled in (False, True):
+        torch.manual_seed(0)
+        found.append(generate.generate(model, PROMPTS, 20, temperature, EOS, PAD))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# --- how many at once ---
+
+
+def test_long_rows_of_a_large_model_are_answered_few_at_a_time():
+    tiny = GPTConfig(vocab_size=12, n_positions=64, n_layer=2, n_head=2, n_embd=16)
+    assert fast.rows_that_fit(tiny, 64) == 500
+    # Keys and values; and the logits in float32 with what the sampler makes of them, the cumulative
+    # sum in float64 included.
+    row = 2 * 4 * 2 * 16 * 64 + 5 * 4 * 12
+    assert fast.rows_that_fit(tiny, 64, memory=7.5 * row) == 7
+    assert fast.rows_that_fit(tiny, 64, memory=row / 2) == 1
+    assert fast.rows_that_fit(tiny, 64, most=20) == 20
