@@ -1,8 +1,11 @@
 """A dataclass is the command line: its fields are the flags, its comments are the help."""
 
 import dataclasses
+import importlib
+import inspect
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,18 +16,24 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import UserError
+from nanorlhf import generate, ppo
 from nanorlhf.dpo import DPOConfig
 from nanorlhf.evaluate import EvaluateConfig
-from nanorlhf.experiments.bench import BenchConfig
-from nanorlhf.experiments.study import StudyConfig
-from nanorlhf.ilql import ILQLConfig
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.ppo import PPOConfig
 from nanorlhf.reward import RMConfig
 from nanorlhf.sft import SFTConfig
-from nanorlhf.support import config
-from nanorlhf.support.config import autocast, find_device, fuse, parse, precision, run, setup
+from nanorlhf.support import UserError, config
+from nanorlhf.support.config import (
+    TrainConfig,
+    autocast,
+    compile_trunks,
+    find_device,
+    parse,
+    precision,
+    run,
+    setup,
+)
 
 
 @dataclass
@@ -103,11 +112,65 @@ def test_a_mistake_is_one_sentence_that_names_the_flag(words, parts):
     assert "\n" not in sentence
 
 
-CONFIGS = [SFTConfig, RMConfig, PPOConfig, DPOConfig, ILQLConfig, EvaluateConfig, StudyConfig]
-CONFIGS += [BenchConfig]
+PACKAGE = Path(config.__file__).parents[1]
+# Of every command: whatever class a file hands to run().
+COMMANDS = [SFTConfig, RMConfig, PPOConfig] + [
+    (path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", "."), name)
+    for path in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("[!s]*/*.py")])  # not of support
+    for name in re.findall(r"^    run\(\w+, (\w+)\)", path.read_text(), re.MULTILINE)
+]
 
 
-@pytest.mark.parametrize("cls", CONFIGS)
+@pytest.fixture(params=COMMANDS, ids=str)
+def cls(request):
+    """The settings of a command."""
+    return class_of(request.param)
+
+
+def class_of(command):
+    """A class, or (module, name), which is imported only where it is used."""
+    if isinstance(command, tuple):
+        return getattr(importlib.import_module(command[0]), command[1])
+    return command
+
+
+def test_all_commands_are_looked_at():
+    assert {name for _, name in COMMANDS[3:]} >= {"DPOConfig", "ILQLConfig", "EvaluateConfig"}
+    assert {module.split(".")[1] for module, _ in COMMANDS[3:]} >= {"experiments", "dpo"}
+
+
+def test_help_shows_the_fields_of_the_class_first_and_every_comment_of_its_bases(cls, capsys):
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"])
+    text = capsys.readouterr().out
+    flags = re.findall("^  --([a-z-]+)", text, re.MULTILINE)
+    names = [flag.replace("-", "_") for flag in flags]
+    own = list(cls.__annotations__)
+    assert names[: len(own)] == own
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(cls))
+    assert text.count("(default:") + text.count("(default\n") == len(names)
+    seen = set()
+    for base in filter(dataclasses.is_dataclass, cls.__mro__):
+        comments = re.findall(r"^    (\w+): .*#(.*)", inspect.getsource(base), re.MULTILINE)
+        assert len(comments) == len(base.__annotations__)
+        for name, comment in comments:
+            assert name in seen or comment.strip() in " ".join(text.split()), name
+            seen.add(name)
+
+
+def test_a_comment_of_a_class_takes_the_place_of_the_one_of_its_base(capsys):
+    @dataclass
+    class Own(TrainConfig):
+        """Train."""
+        out: str = "out"  # folder
+        warmup: int = 3  # my own words
+
+    with pytest.raises(SystemExit):
+        parse(Own, ["--help"])
+    text = capsys.readouterr().out
+    assert "my own words (default: 3)" in text and "rises from zero" not in text
+
+
 def test_every_number_has_its_range_and_its_default_lies_within(cls):
     numbers = {f.name for f in dataclasses.fields(cls) if f.type in (int, float)}
     assert numbers - {"seed"} <= config.RANGES.keys()  # setup says what a seed may be
@@ -126,17 +189,17 @@ OUT_OF_RANGE = {
     " --critic-learning-rate=nan",
     DPOConfig: "--beta=0 --beta=-1 --beta=nan --responses=1 --prompts=0",
     EvaluateConfig: "--temperature=0 --prompts=0",
-    BenchConfig: "--iters=0 --batch=0 --vocab=0",
+    ("nanorlhf.experiments.bench", "BenchConfig"): "--iters=0 --batch=0 --vocab=0",
 }
 
 
 @pytest.mark.parametrize(
-    "cls, word", [(cls, word) for cls, words in OUT_OF_RANGE.items() for word in words.split()]
+    "command, word", [(c, word) for c, words in OUT_OF_RANGE.items() for word in words.split()]
 )
-def test_a_number_that_makes_no_sense_is_refused_by_name(cls, word):
+def test_a_number_that_makes_no_sense_is_refused_by_name(command, word):
     flag, _, value = word.partition("=")
     with pytest.raises(UserError) as mistake:
-        parse(cls, [word])
+        parse(class_of(command), [word])
     sentence = str(mistake.value)
     assert sentence.startswith(f"{flag}: expected ") and sentence.endswith(
         (f"came {value}", f"came {float(value)}")
@@ -247,26 +310,68 @@ def test_where_nothing_can_be_compiled_the_run_goes_on_and_says_so(monkeypatch, 
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     model = GPT(GPTConfig(vocab_size=11, n_positions=8, n_layer=1, n_head=1, n_embd=8))
-    fuse(True, model)
+    compile_trunks(True, model)
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "cannot be done here (RuntimeError)" in said
+    assert said.count("\n") == 1 and "not possible here (RuntimeError)" in said
+    assert not model.compiled
     assert model(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 11)
-    fuse(False, model)
+    compile_trunks(False, model)
     assert capsys.readouterr().out == ""
 
 
-def run_in(main, capsys, monkeypatch):
+def run_in(main, capsys, monkeypatch, cls=Config, words=()):
     """-> exit status and what was said on standard error"""
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as stopped:
-        run(main, Config)
+        run(main, cls)
     return stopped.value.code, capsys.readouterr().err
 
 
-def test_out_of_memory_names_the_knob_to_turn(capsys, monkeypatch):
-    status, said = run_in(lambda cfg: torch.empty(2**50), capsys, monkeypatch)
-    assert status == 2 and said.count("\n") == 1
-    assert "out of memory" in said and "--micro-batch-size" in said
+REMEDY = "try a smaller --micro-batch-size (0, the default, is no limit)"
+
+
+def test_out_of_memory_names_the_setting_only_of_a_command_that_has_it(cls, capsys, monkeypatch):
+    status, said = run_in(lambda cfg: torch.empty(2**50), capsys, monkeypatch, cls)
+    assert status == 2 and said.count("\n") == 1 and said.startswith("out of memory: ")
+    has_it = "micro_batch_size" in {f.name for f in dataclasses.fields(cls)}
+    assert (REMEDY in said) == ("--micro-batch-size" in said) == has_it
+
+
+def test_the_setting_that_is_named_is_a_remedy_when_sampling_runs_out(capsys, monkeypatch):
+    prefill, at_once = generate.prefill, []
+
+    def with_room_for_two(model, tokens, *others):
+        at_once.append(len(tokens))
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return prefill(model, tokens, *others)
+
+    def sample(cfg):
+        model = GPT(GPTConfig(vocab_size=12, n_positions=9, n_layer=1, n_head=1, n_embd=8)).eval()
+        rows = ppo.collect(model, model, None, lambda tokens, prompt_len, mask: mask.sum(1).float(),
+                           [[1], [2, 3]], cfg, 0.1, 10, 11)  # fmt: skip
+        sys.exit(len(rows))
+
+    monkeypatch.setattr(generate, "prefill", with_room_for_two)
+    words = ["--advantage=rloo", "--responses=2", "--batch-size=4", "--max-new-tokens=3"]
+    status, said = run_in(sample, capsys, monkeypatch, PPOConfig, words)
+    assert (status, at_once) == (2, [4]) and REMEDY in said and said.count("\n") == 1
+    words.append("--micro-batch-size=2")
+    assert run_in(sample, capsys, monkeypatch, PPOConfig, words) == (4, "")
+    assert at_once == [4, 2, 2]
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+])  # fmt: skip
+def test_whatever_way_memory_runs_out_it_is_one_line(error, capsys, monkeypatch):
+    def main(cfg):
+        raise error
+
+    code, said = run_in(main, capsys, monkeypatch)
+    assert code == 2 and said.startswith("out of memory: ") and said.count("\n") == 1
 
 
 def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch):
@@ -275,23 +380,39 @@ def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch):
         run(lambda cfg: torch.ones(2, 3) @ torch.ones(2, 3), Config)
 
 
-def test_a_wrong_flag_in_a_real_process_prints_one_line_and_no_traceback(tmp_path):
+def in_a_process(tmp_path, main, *words, **environment):
+    """A real command, whose main is this text. -> exit status, standard output, standard error"""
     script = tmp_path / "train.py"
     script.write_text(
         "from dataclasses import dataclass\n"
+        "from nanorlhf.support import UserError\n"
         "from nanorlhf.support.config import run\n"
         "@dataclass\n"
         "class Config:\n"
         "    '''Train.'''\n"
         "    steps: int = 1  # updates\n"
-        "run(print, Config)\n"
+        f"{main}\n"
+        "run(main, Config)\n"
     )
-    root = Path(config.__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, script, "--stepz"],
+        [sys.executable, script, *words],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment},
     )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_wrong_flag_in_a_real_process_prints_one_line_and_no_traceback(tmp_path):
     expected = "--stepz is not a flag of train.py: did you mean --steps?\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    assert in_a_process(tmp_path, "main = print", "--stepz") == (2, "", expected)
+
+
+def test_a_terminal_that_knows_only_ascii_shows_question_marks_and_no_traceback(tmp_path):
+    main = (
+        "def main(cfg):\n"
+        "    print('na\\xefve \\u2603')\n"
+        "    raise UserError('no file caf\\xe9')"
+    )
+    said = in_a_process(tmp_path, main, PYTHONIOENCODING="ascii")
+    assert said == (2, "na?ve ?\n", "no file caf?\n")

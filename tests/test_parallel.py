@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_runs import PAD, PROMPTS
+from parallel_runs import PROMPTS
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,15 +1,15 @@
 """A dataclass becomes a command line; seed, device and number format are chosen once.
 
-In: a dataclass whose fields have a default and a comment beside them, and the words of the command
-line. Out: an instance of it, and the device and number format that the run computes with.
+In: a dataclass whose fields each have a default and a comment beside it, and the words of the
+command line. Out: an instance of it, and the device and number format that the run computes with.
 
     @dataclass
     class Config(TrainConfig):
         '''Teach a model to imitate.'''
-        steps: int = 200                                        # updates to make
-        data: list[str] = field(default_factory=list)           # files to read instead of our own
+        steps: int = 200              # updates to make
+        data: list[str] = field(default_factory=list)  # files to read instead of our own
 
-    run(main, Config)                                           # calls main(Config(steps=..., ...))
+    run(main, Config)                 # calls main(Config(steps=..., ...))
 
 Left out on purpose: configuration files, nested groups, "None" as a value.
 """
@@ -21,6 +21,7 @@ import errno
 import inspect
 import io
 import random
+import re
 import sys
 import textwrap
 import tokenize
@@ -110,34 +111,41 @@ def out_of_memory(error):
 
 def less_memory(cls):
     """What to try. The setting bounds sampling as well as the update."""
-    if issubclass(cls, TrainConfig) or hasattr(cls, "micro_batch_size"):
-        return ("try a smaller --micro-batch-size (0, the default, is no limit): half as many rows "
-                "at once need about half the memory, and the result is the same")
-    return "a smaller model, or fewer or shorter responses at once, need less"
+    if not hasattr(cls, "micro_batch_size"):
+        return "a smaller model, or fewer or shorter responses at once, need less"
+    return ("try a smaller --micro-batch-size (0, the default, is no limit): half as many rows at "
+            "once need about half the memory, and the result is the same")
 
 
 def parse(cls, argv=None):
-    """An instance of the dataclass cls, filled from argv (the process's own words if None)."""
-    parser = make_parser(cls)
-    words = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    """An instance of the dataclass cls, filled from argv (the process's own words if None).
+
+    Raises UserError where a word is no flag, or a value is none that its field can have.
+    """
+    parser, words = make_parser(cls), sys.argv[1:] if argv is None else argv
+    # --batch_size=my_file -> --batch-size=my_file
+    words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     values, unknown = parser.parse_known_args(words)
     if unknown:
-        raise UserError(unknown_word(unknown[0], parser))
+        flag = unknown[0].partition("=")[0]
+        known = [name for action in parser._actions for name in action.option_strings]
+        nearest = difflib.get_close_matches(flag, known, n=1)
+        remedy = f"did you mean {nearest[0]}?" if nearest else "--help lists the flags"
+        raise UserError(f"{flag} is not a flag of {parser.prog}: {remedy}")
     for name, value in vars(values).items():
         check_range(name, value, RANGES | getattr(cls, "RANGES", {}))
     return cls(**vars(values))
 
 
 def check_range(name, value, ranges):
-    low, high = ranges.get(name, (-inf, inf))
+    (low, high), expected = ranges.get(name, (-inf, inf)), None
     if type(value) in (int, float) and not (low <= value <= high):  # NaN is in no range
-        most = f"to {high}" if high < inf else "or more"
-        expected = "a number above 0" if low == ABOVE_0 else f"{low} {most}"
+        expected = f"{low} to {high}" if high < inf else f"{low} or more"
+        expected = "a number above 0" if low == ABOVE_0 else expected
     elif value == inf and name not in MAY_BE_INFINITE:
         expected = "a finite number"
-    else:
-        return
-    raise UserError(f"--{name.replace('_', '-')}: expected {expected}, came {value}")
+    if expected:
+        raise UserError(f"--{name.replace('_', '-')}: expected {expected}, came {value}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,55 +158,44 @@ class Parser(argparse.ArgumentParser):
 def make_parser(cls):
     """One flag for each field. No abbreviations: a new field would change what --s means."""
     parser = Parser(description=inspect.getdoc(cls).splitlines()[0], allow_abbrev=False)
-    comments, hints = comments_beside_fields(cls), typing.get_type_hints(cls)
-    # The class's own fields first, then those that it shares with others.
-    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
-        hint, default = hints[field.name], field.default
+    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    for name, comment in comments_beside_fields(cls).items():
+        hint, default = hints[name], fields[name].default
         if hint is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         elif hint == list[str]:
-            kind, default = dict(nargs="*"), field.default_factory()
-        elif typing.get_origin(hint) is typing.Literal:
+            kind, default = dict(nargs="*"), fields[name].default_factory()
+        elif typing.get_origin(hint) is Literal:
             kind = dict(choices=typing.get_args(hint))
         else:
             kind = dict(type=hint)
-        flag = parser.add_argument("--" + field.name.replace("_", "-"), default=default, **kind)
+        flag = parser.add_argument("--" + name.replace("_", "-"), default=default, **kind)
         shown = "none" if default in ("", []) else default
-        flag.help = f"{comments[field.name]} (default: {shown})".replace("%", "%%")
+        flag.help = f"{comment} (default: {shown})".replace("%", "%%")
     return parser
 
 
 def comments_beside_fields(cls):
-    """{field: the comment beside it}, from the source: so --help and the source cannot disagree."""
-    if not dataclasses.is_dataclass(cls):
-        return {}
-    inherited = comments_beside_fields(cls.__base__)
-    source = textwrap.dedent(inspect.getsource(cls))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    own = {node.target.id: comments.get(node.end_lineno) for node in fields}
-    return inherited | {name: comment for name, comment in own.items() if comment}
+    """{field: the comment beside it}, from the source: so --help and the source cannot disagree.
 
-
-def with_dashes(word):
-    """--batch_size=4 -> --batch-size=4; what is not a flag stays as it is."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
-
-
-def unknown_word(word, parser):
-    flag = word.partition("=")[0]
-    known = [name for action in parser._actions for name in action.option_strings]
-    nearest = difflib.get_close_matches(flag, known, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else "--help lists the flags"
-    return f"{flag} is not a flag of {parser.prog}: {remedy}"
+    The fields of the class itself come first, then those of its base classes.
+    """
+    found = {}
+    for base in filter(dataclasses.is_dataclass, cls.__mro__):
+        source = textwrap.dedent(inspect.getsource(base))
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                found.setdefault(node.target.id, comments[node.end_lineno])
+    return found
 
 
 def setup(cfg):
     """Seed everything that draws random numbers, and return the device that cfg.device names.
 
-    Where torchrun has started several processes, they meet here.
+    Where torchrun has started several processes, they meet here. Raises UserError where the seed is
+    out of range or the device is not there.
     """
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"--seed: expected a number from 0 to 2**32 - 1, got {cfg.seed}")
@@ -225,19 +222,16 @@ def precision(device, dtype):
     runs too, but slower than float32.
     """
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    fast = dict(cuda=fast_bfloat16_cuda, cpu=fast_bfloat16_cpu).get(device.type, lambda: False)
-    return torch.bfloat16 if fast() else torch.float32
-
-
-def fast_bfloat16_cuda():
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+        return getattr(torch, dtype)
+    fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            or device.type == "cpu" and fast_bfloat16_cpu())
+    return torch.bfloat16 if fast else torch.float32
 
 
 def fast_bfloat16_cpu():
     # Private names, which may go: then the answer is float32, which is never wrong.
-    asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, ask)() for ask in asks if hasattr(torch.cpu, ask))
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
 def autocast(device, dtype):
