@@ -8,7 +8,6 @@ be read off from it: beta (log pi - log pi_ref), up to a constant that all respo
 share. So the Bradley-Terry loss can be put on the policy itself.
 """
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -70,14 +69,14 @@ def train(policy: GPT, reference: GPT, groups: list, pad: int, cfg: DPOConfig, l
     policy.eval()                        # dropout would change the log-probs
     reference.eval()
     parts = dict(policy=policy, optimizer=loop.adamw(policy.parameters(), cfg.learning_rate))
-    state, steps = dict(step=0, tokens=0), cfg.steps or math.ceil(len(groups) / cfg.batch_size)
+    state = dict(step=0, tokens=0)
 
     def loss_fn(groups):
         return loss_of(policy, reference, groups, pad, cfg.beta)
 
-    for batch in loop.batches(groups, steps, parts, loop.linear, cfg, log, state, rows_of):
+    for batch in loop.batches(groups, parts, loop.linear, cfg, log, state, rows_of):
         log.write(state["step"], **loop.step(loss_fn, batch, pairs_in, parts, cfg))
-    return dict(steps=steps, tokens=state["tokens"])
+    return dict(steps=state["step"], tokens=state["tokens"])
 
 
 def implicit_reward(policy: GPT, reference: GPT, beta: float):

@@ -11,7 +11,6 @@ A file of choices is JSON Lines: {"prompt", "first", "second", "choice"}, where 
 responses of the policy and of the model to beat, and choice is "first", "second" or "tie".
 """
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from nanorlhf.support import UserError, data
 from nanorlhf.support.config import ComputeConfig, autocast, run, setup
 from nanorlhf.support.data import collate, in_parts
 from nanorlhf.support.runlog import RunLog, open_run
+from nanorlhf.support.stats import distinct, win_rate
 
 
 @dataclass
@@ -39,12 +39,6 @@ class EvaluateConfig(ComputeConfig):
     temperature: float = 1.0          # of sampling
     max_new_tokens: int = 80          # longest response
     micro_batch_size: int = 0         # responses in memory at once; 0: as many as is fast
-
-
-def win_rate(scores: list[float], against: list[float]) -> tuple[float, float, float]:
-    """Share of prompts on which the first scores higher; a tie is half a win. -> rate, low, high"""
-    wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(scores, against, strict=True))
-    return wins / len(scores), *reward.interval(wins, len(scores))
 
 
 @torch.no_grad()
@@ -66,23 +60,14 @@ def describe(model: GPT, reference: GPT, rows: list, tok, cfg) -> dict:
                 distinct_2=distinct(texts, 2))
 
 
-def distinct(texts: list[str], n: int) -> float:
-    """Share of n-grams of words that differ from all others: low where a model has one answer to
-    everything (Li et al. 2016)."""
-    grams = Counter(gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n))))
-    return len(grams) / max(1, grams.total())
-
-
-def choices(path):
+def choices(path: str) -> tuple[list[float], list[float]]:
     """A file of human choices. -> scores of the first and of the second, one each a comparison"""
-    first, second = [], []
+    scores, pairs = dict(first=(1.0, 0.0), second=(0.0, 1.0), tie=(0.5, 0.5)), []
     for where, record in data.read_json_lines(path):
-        choice = record.get("choice")
-        if choice not in ("first", "second", "tie"):
+        if (choice := str(record.get("choice"))) not in scores:
             raise UserError(f"{where}: expected choice to be first, second or tie, came {choice!r}")
-        first.append(float(choice == "first"))
-        second.append(float(choice == "second"))
-    return first, second
+        pairs.append(scores[choice])
+    return tuple(zip(*pairs))
 
 
 def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> dict:
@@ -92,7 +77,7 @@ def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> d
     responses again
     """
     room = policy.config.n_positions - cfg.max_new_tokens
-    encoded = data.encode_prompts(prompts, tok, room, Counter())
+    encoded = data.encode_prompts(prompts, tok, room, data.Counter())
     summary, scores, rng = {}, [], torch.Generator().manual_seed(cfg.seed)
     for name, model in ("policy", policy), ("against", against):
         rows = generate_rows(model, encoded, cfg.max_new_tokens, tok.eos, tok.pad, cfg.temperature,

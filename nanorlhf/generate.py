@@ -70,7 +70,7 @@ def prefill(model: GPT, tokens: Tensor, prompt_len: Tensor, P: int, G: int):
     B, S = tokens.shape
     if model.compiled:
         S += -S % 64                                # few different shapes: each new one is compiled
-    cache = KVCache(model.config, B // G, S, model.device, cache_dtype(model))
+    cache = KVCache(model.config, B // G, S, model.device, fast.computed_dtype(model))
     positions = torch.arange(P, device=model.device).expand(B // G, P)
     hidden = model.transformer(tokens[::G, :P], cache, positions)                    # (B / G, P, C)
     group = torch.arange(B, device=model.device) // G
@@ -102,13 +102,6 @@ def decode(model: GPT, cache: KVCache, hidden: Tensor, tokens: Tensor, prompt_le
         hidden = model.transformer(token[:, None], cache, (prompt_len + r)[:, None])[:, 0]
 
 
-def cache_dtype(model):
-    """The number format of the keys and values that the model computes."""
-    if torch.is_autocast_enabled(model.device.type):
-        return torch.get_autocast_dtype(model.device.type)
-    return model.transformer.wte.weight.dtype
-
-
 def sample(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     """One token a row: the first whose cumulative probability exceeds u.
 
@@ -122,8 +115,6 @@ def sample(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
     # 1 - u is in (0, 1]: the first token that reaches it never has probability 0.
     return torch.searchsorted(cumulative, (1 - u) * cumulative[:, -1:]).squeeze(-1)
 
-
-# --- any number of prompts -----------------------------------------------------------------------
 
 def generate_rows(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, pad: int,
                   temperature: float = 1.0, G: int = 1, batch_size: int = 0,

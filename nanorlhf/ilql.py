@@ -11,7 +11,6 @@ logits. The heads read the frozen trunk of the SFT model, so the language model 
 A difference to the paper: its targets look one step ahead (`--lam 0` here). A reward at the very
 end then travels back one token a pass, and in one pass hardly leaves the last sentence.
 """
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -51,8 +50,6 @@ class ILQLConfig(TrainConfig):
     polyak: float = 0.05              # share by which the target heads follow at each step
     beta: float = 8.0                 # weight of Q - V in the policy's logits
 
-
-# --- the losses ----------------------------------------------------------------------------------
 
 def expectile_loss(q: Tensor, v: Tensor, mask: Tensor, tau: float = 0.7) -> Tensor:
     """|tau - 1[q < v]| (q - v)^2   (Kostrikov et al. 2021, eq. 5)
@@ -103,15 +100,12 @@ def of_chosen(q: Tensor, chosen: Tensor) -> Tensor:
     return wide(q.gather(-1, chosen[..., None]).squeeze(-1))
 
 
-# --- training ------------------------------------------------------------------------------------
-
 def train(model: QGPT, rows: list, scores: list, pad: int, cfg: ILQLConfig, log) -> dict:
     """rows: logged (tokens, prompt_len); scores: a float each. The heads learn. -> summary"""
     model.transformer.requires_grad_(False)
-    model.eval()
-    heads = [*model.q.parameters(), *model.v.parameters()]
+    heads = [*model.eval().q.parameters(), *model.v.parameters()]
     parts = dict(model=model, optimizer=loop.adamw(heads, cfg.learning_rate))
-    state, steps = dict(step=0, tokens=0), cfg.steps or math.ceil(len(rows) / cfg.batch_size)
+    state = dict(step=0, tokens=0)
 
     def loss_fn(batch):
         rows, scores = zip(*batch)
@@ -121,13 +115,13 @@ def train(model: QGPT, rows: list, scores: list, pad: int, cfg: ILQLConfig, log)
     def response_len(batch):
         return sum(len(tokens) - prompt_len for (tokens, prompt_len), _ in batch)
 
-    for batch in loop.batches([*zip(rows, scores, strict=True)], steps, parts, loop.linear, cfg,
-                              log, state, rows_of=lambda pair: [pair[0]]):
+    pairs = [*zip(rows, scores, strict=True)]
+    for batch in loop.batches(pairs, parts, loop.linear, cfg, log, state, lambda pair: [pair[0]]):
         metrics = loop.step(loss_fn, batch, response_len, parts, cfg)
         follow(model, cfg.polyak)
         log.write(state["step"], **metrics)
     model.beta.fill_(cfg.beta)
-    return dict(steps=steps, tokens=state["tokens"])
+    return dict(steps=state["step"], tokens=state["tokens"])
 
 
 @torch.no_grad()

@@ -31,8 +31,6 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return masked(whitened if shift_mean else whitened + mean, mask)
 
 
-# --- the one place that knows about the shift ----------------------------------------------------
-
 def response_window(x: Tensor, prompt_len: Tensor, R: int) -> Tensor:
     """The R positions whose outputs score the response: prompt_len - 1 ... prompt_len + R - 2.
 
@@ -48,8 +46,6 @@ def response_tokens(tokens: Tensor, prompt_len: Tensor, R: int) -> Tensor:
     """The response itself. tokens (B, T), prompt_len (B,) -> (B, R)"""
     return response_window(tokens, prompt_len + 1, R)
 
-
-# --- log-probs -----------------------------------------------------------------------------------
 
 def tempered(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits divided by the temperature, in float32 or better. (..., V) -> (..., V)

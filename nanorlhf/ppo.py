@@ -1,13 +1,10 @@
 """PPO for language models (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022).
 
+    maximise over the policy   E[ score(prompt, response) ] - kl_coef * KL(policy || reference)
+
     collect    the policy answers prompts; each token pays for its KL, the last one earns the score
     update     a few clipped gradient steps towards what went better than the critic expected
     train      both in turn
-
-In: a policy, the reference model that it started from, a critic, a score function and prompts. Out:
-a better policy. The objective is the score, with a KL penalty for leaving the reference:
-
-    maximise over the policy   E[ score(prompt, response) ] - kl_coef * KL(policy || reference)
 
 Left out on purpose: reward whitening, which made things worse where it was measured (Huang et al.
 2024); an entropy bonus, as the KL penalty already keeps the policy from collapsing; top-k and top-p
@@ -50,7 +47,7 @@ class PPOConfig(TrainConfig):
     eval_prompts: int = 500           # held-out prompts for the win rate
     advantage: Literal["gae", "reinforce", "rloo", "grpo"] = "gae"  # all but gae need no critic
     responses: int = 1                # to each prompt; rloo and grpo compare them with each other
-    steps: int = 40                   # rounds of collect and update
+    steps: int = 40                   # rounds of collect and update; 0: one pass over the prompts
     batch_size: int = 64              # responses a round
     epochs: int = 2                   # passes over them
     minibatches: int = 2              # gradient steps a pass
@@ -69,12 +66,12 @@ class PPOConfig(TrainConfig):
     save_every: int = 10              # rounds between saves that --resume continues from
 
     def __post_init__(self):
-        fewest = 2 if self.advantage in ("rloo", "grpo") else 1
-        if self.responses < fewest or self.batch_size % self.responses:
+        B, fewest = self.batch_size, 2 if self.advantage in ("rloo", "grpo") else 1
+        if self.responses < fewest or B % self.responses:
             raise UserError(f"--responses: expected {fewest} or more that divide the batch size of "
-                            f"{self.batch_size} for {self.advantage}, came {self.responses}")
-        if self.minibatches > (most := self.batch_size):
-            raise UserError(f"--minibatches: expected at most {most}, came {self.minibatches}")
+                            f"{B} for {self.advantage}, came {self.responses}")
+        if self.minibatches > B:
+            raise UserError(f"--minibatches: expected at most {B}, came {self.minibatches}")
 
 
 @dataclass
@@ -97,7 +94,6 @@ class Rollout:
         return len(self.tokens)
 
     def __getitem__(self, rows):
-        """The same for some of the responses."""
         return Rollout(**{k: x if x is None else x[rows] for k, x in vars(self).items()})
 
 
@@ -148,10 +144,9 @@ def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
     R, T = mask.shape[1], cfg.temperature
     with autocast(policy.device, cfg.dtype):
         old_logprobs, entropy = response_logprobs_and_entropy(policy, tokens, prompt_len, R, T)
-        measured = dict(
-            old_logprobs=old_logprobs, entropy=entropy,
-            ref_logprobs=response_logprobs(reference, tokens, prompt_len, R, T),
-            scores=score(tokens, prompt_len, mask))
+        ref_logprobs = response_logprobs(reference, tokens, prompt_len, R, T)
+        measured = dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, entropy=entropy,
+                        scores=score(tokens, prompt_len, mask))
         if critic is not None:
             measured["old_values"] = response_window(critic(tokens), prompt_len, R)
     return measured
@@ -175,9 +170,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated so that we minimise it.
 
     The minimum takes the clipped term only where it is the worse one: a token whose probability has
-    already changed by the factor 1 +- clip in its good direction gets no more gradient.
-
-    All (B, R) -> scalar
+    changed by the factor 1 +- clip in its good direction gets no more gradient. (B, R) -> scalar
     """
     ratio = masked(logprobs - old_logprobs, mask).exp()                    # 1 at the first step
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -186,8 +179,10 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
                clip: float = 0.2) -> Tensor:
-    """Half the squared error: the larger of it with the value as it is, and clipped to old_values
-    +- clip. All (B, R) -> scalar"""
+    """Half the squared error, or that of the value held within old_values +- clip if it is larger.
+
+    All (B, R) -> scalar
+    """
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -195,19 +190,16 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 def update(policy, critic, optimizers: dict, rollout: Rollout, cfg: PPOConfig) -> dict:
     """A few epochs of gradient steps over one rollout. -> metrics, means over the steps
 
-    Raises RuntimeError where the first ratio is not 1.
+    Raises RuntimeError if the ratio is not 1 at the first step, when nothing has changed: then the
+    sampler and the scorer differ, in temperature, dropout, or by one position.
     """
     history = []
     for _ in range(cfg.epochs):
         for rows in torch.randperm(len(rollout)).chunk(cfg.minibatches):
             history.append(step(policy, critic, optimizers, rollout[rows], cfg))
-            # Before the first step nothing has changed. A ratio other than 1 means that sampler and
-            # scorer differ: in temperature, dropout, or by one position. (bfloat16 may round.)
-            if len(history) == 1 and not (gap := history[0]["ratio_gap"].item()) < 0.01:
-                raise RuntimeError(f"expected a ratio of 1 at the first step, came one that differs"
-                                   f" by {gap:.3g} on average")
-    return {name: sum(float(metrics[name]) for metrics in history) / len(history)
-            for name in history[0]}
+            if not (gap := float(history[0]["ratio_gap"])) < 0.01:           # bfloat16 may round
+                raise RuntimeError(f"expected a first ratio of 1, came one {gap:.3g} away from it")
+    return {name: sum(float(m[name]) for m in history) / len(history) for name in history[0]}
 
 
 def step(policy, critic, optimizers: dict, minibatch: Rollout, cfg: PPOConfig) -> dict:
@@ -242,12 +234,12 @@ def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, 
           cfg: PPOConfig, log) -> dict:
     """Improve the policy, and with it the critic, in place; arguments as for collect. -> summary"""
     optimizers = make_optimizers(policy, critic, cfg)
-    networks = dict(policy=policy) if critic is None else dict(policy=policy, critic=critic)
+    parts = dict(policy=policy, **optimizers) | ({} if critic is None else dict(critic=critic))
     state = dict(step=0, tokens=0, kl_coef=cfg.kl_coef, score=0.0, kl=0.0)
     reference.requires_grad_(False)
 
-    for batch in loop.batches(prompts, cfg.steps, networks | optimizers, loop.linear, cfg, log,
-                              state, lambda prompt: [(prompt, len(prompt))],
+    for batch in loop.batches(prompts, parts, loop.linear, cfg, log, state,
+                              lambda prompt: [(prompt, len(prompt))],
                               cfg.batch_size // cfg.responses):
         began, kl_coef = time.perf_counter(), state["kl_coef"]
         rollout = collect(policy, reference, critic, score, batch, cfg, kl_coef, eos, pad)
@@ -259,7 +251,7 @@ def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, 
                   tokens_per_s=tokens / (time.perf_counter() - began))
         state |= dict(tokens=state["tokens"] + tokens, score=metrics["score"], kl=metrics["kl"],
                       kl_coef=adapt(kl_coef, metrics["kl"], cfg))
-    return dict(steps=cfg.steps, tokens=state["tokens"], score=state["score"], kl=state["kl"])
+    return dict(steps=state["step"], tokens=state["tokens"], score=state["score"], kl=state["kl"])
 
 
 def make_optimizers(policy, critic, cfg: PPOConfig) -> dict:

@@ -20,6 +20,7 @@ from nanorlhf.support import UserError, loop, user_code
 from nanorlhf.support.config import TrainConfig, autocast
 from nanorlhf.support.data import collate, in_parts
 from nanorlhf.support.groups import flatten, pairs_in, rows_of
+from nanorlhf.support.stats import interval
 
 
 @dataclass
@@ -47,8 +48,6 @@ class RMConfig(ComparisonConfig):
     weight_decay: float = 0.01        # on every weight
 
 
-# --- the loss ------------------------------------------------------------------------------------
-
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """-log P(chosen beats rejected), P = sigmoid(chosen - rejected)   (Bradley & Terry 1952)
 
@@ -68,7 +67,6 @@ def score(model: ScalarGPT, tokens: Tensor, prompt_len: Tensor, mask: Tensor) ->
     return model(tokens)[torch.arange(len(tokens), device=tokens.device), last]
 
 
-# --- comparisons ---------------------------------------------------------------------------------
 def from_samples(sft: GPT, tok, cfg: ComparisonConfig):
     """Comparisons of the SFT model's samples. -> groups, held-out groups, best possible accuracy"""
     groups, _ = compare_samples(sft, tok, cfg.prompts, cfg.responses, cfg, held_out=False)
@@ -92,16 +90,13 @@ def compare_samples(sft: GPT, tok, n: int, k: int, cfg: ComparisonConfig, held_o
     return groups, sum(ceilings) / len(ceilings)
 
 
-# --- training ------------------------------------------------------------------------------------
-
 def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
     """One pass over the comparisons; the model learns in place. -> summary"""
     # The head is new and has far to go, the trunk is trained already: ten times the rate for it.
-    optimizer = loop.adamw(
-        [dict(params=[*model.score.parameters()], lr=10 * cfg.learning_rate),
-         dict(params=[*model.transformer.parameters()])], cfg.learning_rate, cfg.weight_decay)
-    parts = dict(model=model, optimizer=optimizer)
-    state, steps = dict(step=0, tokens=0), cfg.steps or math.ceil(len(groups) / cfg.batch_size)
+    head, trunk = model.score.parameters(), model.transformer.parameters()
+    weights = [dict(params=[*head], lr=10 * cfg.learning_rate), dict(params=[*trunk])]
+    parts = dict(model=model, optimizer=loop.adamw(weights, cfg.learning_rate, cfg.weight_decay))
+    state = dict(step=0, tokens=0)
 
     def loss_fn(groups):
         rows, chosen, rejected = flatten(groups)
@@ -110,11 +105,11 @@ def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
         margin = scores[chosen] - scores[rejected]
         return loss, dict(loss=loss, accuracy=accuracy_of(margin), margin=margin.mean())
 
-    for batch in loop.batches(groups, steps, parts, loop.linear, cfg, log, state, rows_of):
+    for batch in loop.batches(groups, parts, loop.linear, cfg, log, state, rows_of):
         model.train()
         log.write(state["step"], **loop.step(loss_fn, batch, pairs_in, parts, cfg))
     model.eval()
-    return dict(steps=steps, tokens=state["tokens"])
+    return dict(steps=state["step"], tokens=state["tokens"])
 
 
 @torch.no_grad()
@@ -135,8 +130,6 @@ def normalise(model: ScalarGPT, rows: list, pad: int, dtype: str) -> tuple[float
     return mean.item(), std.item()
 
 
-# --- how good is it? -----------------------------------------------------------------------------
-
 def report(score, groups: list, pad: int, device, dtype: str) -> tuple[dict, Tensor]:
     """What held-out comparisons say of a score function. -> metrics, the margin of each pair"""
     rows, chosen, rejected = flatten(groups)
@@ -148,13 +141,6 @@ def report(score, groups: list, pad: int, device, dtype: str) -> tuple[dict, Ten
     return dict(accuracy=accuracy, accuracy_low=low, accuracy_high=high, pairs=n,
                 held_out_loss=bradley_terry_loss(scores[chosen], scores[rejected]).item(),
                 length_accuracy=max(longer, 1 - longer).item()), margin
-
-
-def interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): never leaves [0, 1], good for small n."""
-    p, centre = successes / n, (successes + z * z / 2) / (n + z * z)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
 
 
 # --- score functions: (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,) -----------------------

@@ -31,7 +31,7 @@ class SFTConfig(TrainConfig):
     n_embd: int = 128                 # channels
     block_size: int = 160             # longest sequence, in tokens
     dropout: float = 0.0              # useful where data is scarce
-    steps: int = 1000                 # updates
+    steps: int = 1000                 # updates; 0: one pass over the data
     batch_size: int = 16              # sequences an update; many small steps beat few large ones
     learning_rate: float = 2e-3       # peak, after the warm-up; a cosine to a tenth follows
     warmup: int = 100                 # steps over which the learning rate rises from zero
@@ -53,14 +53,15 @@ def train(model: GPT, rows: list, held_out: list, pad: int, cfg: SFTConfig, log)
         cross_entropy = loss(model, *collate(rows, pad, model.device))
         return cross_entropy, dict(loss=cross_entropy)
 
-    for batch in loop.batches(rows, cfg.steps, parts, loop.cosine, cfg, log, state):
+    for batch in loop.batches(rows, parts, loop.cosine, cfg, log, state):
         model.train()
-        metrics, done = loop.step(loss_fn, batch, response_len, parts, cfg), state["step"] + 1
-        if done % cfg.save_every == 0 or done == cfg.steps:
+        metrics = loop.step(loss_fn, batch, response_len, parts, cfg)
+        if (state["step"] + 1) % cfg.save_every == 0:
             metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg)
         log.write(state["step"], **metrics)
     final = held_out_loss(model, held_out, pad, cfg)
-    return dict(loss=final, perplexity=math.exp(final), steps=cfg.steps, tokens=state["tokens"])
+    return dict(loss=final, perplexity=math.exp(final), steps=state["step"],
+                tokens=state["tokens"])
 
 
 def response_len(rows: list) -> int:

@@ -112,6 +112,13 @@ def captured(step):
     return graph.replay
 
 
+def computed_dtype(model):
+    """The number format of the keys and values that the model computes."""
+    if torch.is_autocast_enabled(model.device.type):
+        return torch.get_autocast_dtype(model.device.type)
+    return model.transformer.wte.weight.dtype
+
+
 def rows_that_fit(config, longest, most=500, memory=4e9):
     """Responses to sample at once: more than 500 are hardly faster, and 4 GB must hold them."""
     row = 4 * (2 * config.n_layer * config.n_embd * longest    # keys and values

@@ -2,7 +2,7 @@
 
     parts = dict(model=model, optimizer=adamw(model.parameters(), 1e-3))
     state = dict(step=0, tokens=0)
-    for batch in batches(rows, steps, parts, linear, cfg, log, state):
+    for batch in batches(rows, parts, linear, cfg, log, state):
         metrics = step(loss_fn, batch, weight, parts, cfg)
         log.write(state["step"], **metrics)
 
@@ -41,22 +41,25 @@ def cosine(step, steps, warmup):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def batches(items, steps, parts, schedule, cfg, log, state, rows_of=lambda row: [row],
-            batch_size=0):
+def batches(items, parts, schedule, cfg, log, state, rows_of=lambda row: [row], batch_size=0):
     """Yield the batch of every step that is left to do; the caller makes the step.
 
     Before each step the learning rates are set, after it everything is saved if that is due.
     `state` is changed in place: "step" counts the steps that are done, "tokens" what was read.
+    cfg.steps steps in all, or one pass over the items if that is 0.
 
     schedule: linear or cosine; rows_of: item of a batch -> its rows (tokens, prompt_len);
     batch_size: in items, cfg.batch_size if 0
     """
+    batch_size = batch_size or cfg.batch_size
+    steps = cfg.steps or math.ceil(len(items) / batch_size)
+
     def length(item):                     # items of similar length share a batch
         return max(len(tokens) for tokens, _ in rows_of(item))
 
     if cfg.resume:
         state |= checkpoint.load_state(cfg.out, parts)
-    source = endless(items, batch_size or cfg.batch_size, cfg.seed, state["step"], length)
+    source = endless(items, batch_size, cfg.seed, state["step"], length)
     for number in log.steps(state["step"], steps):
         for optimizer in optimizers(parts).values():
             for group in optimizer.param_groups:

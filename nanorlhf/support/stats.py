@@ -1,0 +1,23 @@
+"""Small statistics."""
+import math
+from collections import Counter
+
+
+def interval(successes, n, z=1.96):
+    """95 % interval of a proportion (Wilson 1927): never leaves [0, 1], good for small n."""
+    p, centre = successes / n, (successes + z * z / 2) / (n + z * z)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+def win_rate(scores, against):
+    """Share of pairs in which the first scores higher; a tie is half a win. -> rate, low, high"""
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(scores, against, strict=True))
+    return wins / len(scores), *interval(wins, len(scores))
+
+
+def distinct(texts, n):
+    """Share of n-grams of words that differ from all others: low where a model has one answer to
+    everything (Li et al. 2016)."""
+    grams = Counter(gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n))))
+    return len(grams) / max(1, grams.total())
