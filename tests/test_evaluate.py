@@ -1,27 +1,26 @@
 """Did it help? Counting wins, reading people's choices, and what a response is like."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 
-from nanorlhf import UserError, environment, tokenizer
+from nanorlhf import environment, evaluate, generate, tokenizer
 from nanorlhf.evaluate import (
     EvaluateConfig,
     choices,
     compare,
     describe,
-    distinct,
     held_out_prompts,
-    score_batches,
-    win_rate,
 )
-from nanorlhf.generate import answer, respond
+from nanorlhf.generate import generate_rows, generate_texts
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.reward import true_reward
-from nanorlhf.support import data
+from nanorlhf.reward import score_rows, true_reward
+from nanorlhf.support import UserError, data
+from nanorlhf.support.stats import distinct, win_rate
 
 CFG = EvaluateConfig(device="cpu", dtype="float32", max_new_tokens=12)
 
@@ -70,7 +69,7 @@ def write_choices(path, *words):
 def test_choices_of_people_are_wins_ties_and_losses(tmp_path):
     path = write_choices(tmp_path / "c.jsonl", "first", "tie", "second", "first")
     first, second = choices(path)
-    assert (first, second) == ([1, 0, 0, 1], [0, 0, 1, 0])
+    assert [a - b for a, b in zip(first, second, strict=True)] == [1, 0, -1, 1]
     assert win_rate(first, second)[0] == 2.5 / 4
 
 
@@ -96,23 +95,23 @@ def test_distinct_by_hand():
 
 def test_a_model_is_no_nats_away_from_itself(tok):
     model, other = make_model(tok), make_model(tok, seed=1)
-    batches, texts = respond(model, tok, [[1, 2], [3], [4, 5, 6]], 12)
-    assert describe(model, model, batches, texts, CFG)["kl"] == 0
-    found = describe(model, other, batches, texts, CFG)
-    [(tokens, prompt_len, mask)] = batches
+    rows = generate_rows(model, [[1, 2], [3], [4, 5, 6]], 12, tok.eos, tok.pad)
+    assert describe(model, model, rows, tok, CFG)["kl"] == 0
+    found = describe(model, other, rows, tok, CFG)
+    tokens, prompt_len, mask = data.collate(rows, tok.pad)
     with torch.no_grad():
         said, other_said = (
             response_logprobs(m, tokens, prompt_len, mask.shape[1]) for m in (model, other)
         )
     assert found["kl"] == pytest.approx(((said - other_said) * mask).sum().item() / 3, rel=1e-4)
-    assert found["response_len"] == sum(b[2].sum().item() for b in batches) / 3
+    assert found["response_len"] == sum(len(tokens) - n for tokens, n in rows) / 3
 
 
 def test_perplexity_of_a_reference_that_knows_nothing_is_the_size_of_the_vocabulary(tok):
     model, ignorant = make_model(tok), make_model(tok)
     ignorant.transformer.wte.weight.data.zero_()
-    batches, texts = respond(model, tok, [[1, 2], [3]], 12)
-    found = describe(model, ignorant, batches, texts, CFG)
+    rows = generate_rows(model, [[1, 2], [3]], 12, tok.eos, tok.pad)
+    found = describe(model, ignorant, rows, tok, CFG)
     assert found["perplexity"] == pytest.approx(tok.vocab_size, rel=1e-4)
 
 
@@ -121,8 +120,7 @@ def test_padding_is_no_part_of_what_a_response_is_like(tok):
     rows = [([1, 2, 3, 4, 5, tok.eos], 2), ([6, tok.eos], 1)]
 
     def sums(rows):
-        batches = [data.collate(rows, tok.pad)]
-        found = describe(model, other, batches, ["text"] * len(rows), CFG)
+        found = describe(model, other, rows, tok, CFG)
         surprise = math.log(found["perplexity"]) * found["response_len"]
         return torch.tensor([found["kl"], found["response_len"], surprise]) * len(rows)
 
@@ -132,14 +130,19 @@ def test_padding_is_no_part_of_what_a_response_is_like(tok):
 # --- responding ---
 
 
-def test_respond_keeps_the_order_over_many_batches(tok):
+def test_many_batches_keep_the_order(tok):
     model = make_model(tok)
     prompts = [tok.encode(p) for p in environment.prompts(7)]
-    batches, texts = respond(model, tok, prompts, 8, temperature=0, batch_size=3)
-    assert [len(tokens) for tokens, _, _ in batches] == [3, 3, 1]
-    assert texts == [respond(model, tok, [p], 8, temperature=0)[1][0] for p in prompts]
-    lengths = score_batches(lambda tokens, prompt_len, mask: prompt_len.float(), batches, "float32")
-    assert lengths == [len(p) for p in prompts]
+
+    def greedy(prompts, batch_size=0):
+        return generate_rows(model, prompts, 8, tok.eos, tok.pad, 0, batch_size=batch_size)
+
+    rows = greedy(prompts, batch_size=3)
+    assert rows == [greedy([p])[0] for p in prompts]
+    length = lambda tokens, prompt_len, mask: prompt_len.float()  # noqa: E731
+    for batch_size in 3, 64:
+        found = score_rows(length, rows, tok.pad, "cpu", "float32", batch_size)
+        assert found.tolist() == [len(p) for p in prompts]
 
 
 def test_before_and_after_throw_the_same_dice_and_leave_the_runs_alone(tok):
@@ -147,10 +150,11 @@ def test_before_and_after_throw_the_same_dice_and_leave_the_runs_alone(tok):
     prompts = [tok.encode(text) for text in texts]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    before = answer(model, tok, prompts, 12, seed=1)
+    before = generate_texts(model, tok, prompts, 12, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(10)
-    assert answer(model, tok, prompts, 12, seed=1) == before
+    assert generate_texts(model, tok, prompts, 12, seed=1) == before
+    assert generate_texts(model, tok, prompts, 12, seed=2) != before
     assert [prompt for prompt, _ in before] == texts
 
 
@@ -164,6 +168,48 @@ def test_compare_says_who_is_preferred_and_what_each_is_like(tok):
     assert 0 <= found["win_rate_low"] <= found["win_rate"] <= found["win_rate_high"] <= 1
     assert found["score_policy"] == pytest.approx(found["response_len_policy"])
     assert found["kl_against"] == 0 and math.isfinite(found["perplexity_policy"])
+
+
+def test_the_same_seed_draws_the_same_responses_whatever_was_drawn_before(tok):
+    models, judge = (make_model(tok), make_model(tok, seed=1)), true_reward(tok)
+    found = compare(*models, tok, environment.prompts(10), judge, CFG)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert compare(*models, tok, environment.prompts(10), judge, CFG) == found
+    assert torch.equal(torch.get_rng_state(), state)  # a run that goes on is left alone
+    other = dataclasses.replace(CFG, seed=CFG.seed + 1)
+    assert compare(*models, tok, environment.prompts(10), judge, other) != found
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_micro_batch_size_bounds_what_is_in_memory_and_changes_no_result(
+    size, tok, monkeypatch
+):
+    """How many responses are sampled, scored and measured at once, and what comes of them."""
+    models, prompts = (make_model(tok), make_model(tok, seed=1)), environment.prompts(10)
+    sampled, scored, measured = [], [], []
+    sample, logprobs, truth = generate.generate, evaluate.response_logprobs, true_reward(tok)
+
+    def judge(tokens, prompt_len, mask):
+        scored.append(len(tokens))
+        return truth(tokens, prompt_len, mask)
+
+    monkeypatch.setattr(
+        generate, "generate", lambda m, some, *a: sampled.append(len(some)) or sample(m, some, *a)
+    )
+    monkeypatch.setattr(
+        evaluate,
+        "response_logprobs",
+        lambda m, tokens, *a: measured.append(len(tokens)) or logprobs(m, tokens, *a),
+    )
+    whole = compare(*models, tok, prompts, judge, CFG)
+    assert sampled == scored == [10, 10]
+    for sizes in sampled, scored, measured:
+        sizes.clear()
+    cfg = dataclasses.replace(CFG, micro_batch_size=size)
+    assert compare(*models, tok, prompts, judge, cfg) == pytest.approx(whole, rel=1e-5)
+    assert max(sampled) == max(scored) == max(measured) == size
+    assert sum(sampled) == sum(scored) == 20
 
 
 def test_a_judge_without_an_opinion_makes_everything_a_tie(tok):

@@ -9,27 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorlhf import UserError, reward, tokenizer
+from nanorlhf import reward, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.reward import (
     RMConfig,
+    accuracy_of,
     bradley_terry_loss,
     by_model,
-    by_prompt,
     by_text,
-    calibration,
-    checked,
-    gather,
-    interval,
-    load_beside,
-    load_function,
+    load_for,
     normalise,
     report,
     score,
     score_rows,
 )
+from nanorlhf.support import UserError, loop, user_code
 from nanorlhf.support.data import collate
+from nanorlhf.support.groups import by_prompt, flatten
 from nanorlhf.support.runlog import RunLog
+from nanorlhf.support.stats import interval
+from train_rm import calibration
 
 TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
 PAD = 11
@@ -39,6 +38,14 @@ PAD = 11
 def model():
     torch.manual_seed(0)
     return ScalarGPT(TINY).eval()
+
+
+def scores_of(model, rows, **kwargs):
+    return score_rows(by_model(model), rows, PAD, "cpu", "float32", **kwargs)
+
+
+def report_of(model, groups):
+    return report(by_model(model), groups, PAD, "cpu", "float32")
 
 
 def some_rows(n, seed=0):
@@ -90,7 +97,7 @@ def test_a_score_does_not_depend_on_padding_or_on_who_shares_the_batch(model):
     alone = torch.cat([score(model, *collate([row], PAD)) for row in rows])
     assert torch.allclose(together, alone, atol=1e-5)
     assert torch.allclose(together, other_pad, atol=1e-6)
-    threes = score_rows(model, rows, PAD, "float32", batch_size=3)
+    threes = scores_of(model, rows, batch_size=3)
     assert torch.allclose(threes, together, atol=1e-5)
 
 
@@ -112,15 +119,11 @@ def test_the_same_tokens_after_another_prompt_are_another_response():
     assert len(by_prompt([(A, B), (([1, 2, 5], 1), ([1, 4], 1))])) == 2
 
 
-def test_gather_finds_the_pairs_again_in_one_batch():
+def test_flatten_finds_the_pairs_again_in_one_batch():
     pairs = [(A, B), (D, ([3, 10], 1)), (C, A), (B, C)]
-    (tokens, prompt_len, mask), chosen, rejected = gather(by_prompt(pairs), PAD, "cpu")
-    assert tokens.shape == (5, 4)
-
-    def row(i):
-        return tokens[i, : prompt_len[i] + mask[i].sum()].tolist(), prompt_len[i].item()
-
-    found = {repr((row(i), row(j))) for i, j in zip(chosen, rejected, strict=True)}
+    rows, chosen, rejected = flatten(by_prompt(pairs))
+    assert len(rows) == 5  # each response once, and all of them in one batch
+    found = {repr((rows[i], rows[j])) for i, j in zip(chosen, rejected, strict=True)}
     assert len(chosen) == 4 and found == set(map(repr, pairs))
 
 
@@ -129,15 +132,15 @@ def test_gather_finds_the_pairs_again_in_one_batch():
 
 def test_normalised_scores_have_mean_0_and_deviation_1_also_after_loading(model, tmp_path):
     rows = some_rows(100)
-    before = score_rows(model, rows, PAD, "float32")
+    before = scores_of(model, rows)
     mean, std = normalise(model, rows, PAD, "float32")
-    after = score_rows(model, rows, PAD, "float32")
+    after = scores_of(model, rows)
     assert (mean, std) == (pytest.approx(before.mean().item()), pytest.approx(before.std().item()))
     assert after.mean().abs() < 1e-4 and after.std().item() == pytest.approx(1, abs=1e-4)
     assert torch.allclose(after, (before - mean) / std, atol=1e-4)
 
     model.save(tmp_path, reward_mean=mean, reward_std=std)
-    assert torch.equal(score_rows(reward.load(tmp_path), rows, PAD, "float32"), after)
+    assert torch.equal(scores_of(reward.load(tmp_path), rows), after)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["reward_mean"], config["reward_std"]) == (mean, std)
 
@@ -161,18 +164,18 @@ def test_a_language_model_in_the_place_of_a_reward_model_is_refused(tmp_path):
 def test_a_reward_model_must_share_the_policys_vocabulary(tmp_path, model):
     tok = saved(tmp_path / "rm", model, "see the sea " * 9)
     policy = GPT(TINY)
-    assert torch.equal(load_beside(tmp_path / "rm", policy, tok).score.weight, model.score.weight)
+    assert torch.equal(load_for(tmp_path / "rm", policy, tok).score.weight, model.score.weight)
     other = tokenizer.learn(["a tea at the estate " * 9], 300)
     assert other.ranks != tok.ranks
     with pytest.raises(UserError, match="rm: expected a reward model with the policy's vocabulary"):
-        load_beside(tmp_path / "rm", policy, other)
+        load_for(tmp_path / "rm", policy, other)
 
 
 def test_a_reward_model_must_read_as_far_as_the_policy_writes(tmp_path, model):
     tok = saved(tmp_path, model, "see the sea " * 9)
     policy = GPT(dataclasses.replace(TINY, n_positions=17))
     with pytest.raises(UserError, match="reads 17 tokens as the policy does, came one of 16"):
-        load_beside(tmp_path, policy, tok)
+        load_for(tmp_path, policy, tok)
 
 
 # --- how good is it? ---
@@ -181,7 +184,7 @@ def test_a_reward_model_must_read_as_far_as_the_policy_writes(tmp_path, model):
 def test_a_model_that_says_the_same_of_everything_cannot_be_normalised(model):
     with torch.no_grad():
         model.score.weight.zero_()
-    with pytest.raises(UserError, match="says 0 of every response"):
+    with pytest.raises(UserError, match="gives 0 to every response"):
         normalise(model, [([1, 2, 9], 1), ([3, 4, 9], 2)], PAD, "float32")
 
 
@@ -219,21 +222,67 @@ def test_an_interval_holds_the_truth_nineteen_times_in_twenty():
     assert 930 <= held <= 975
 
 
+def one_pair_each(pairs):
+    """Each pair (chosen, rejected) as a group of its own."""
+    return [(list(pair), [(0, 1)]) for pair in pairs]
+
+
 def test_the_report_counts_what_the_scores_say(model):
     pairs = list(zip(some_rows(40, 1), some_rows(40, 2), strict=True))
-    found, table = report(model, pairs, PAD, "float32")
-    chosen = score_rows(model, [pair[0] for pair in pairs], PAD, "float32")
-    rejected = score_rows(model, [pair[1] for pair in pairs], PAD, "float32")
+    found, margin = report_of(model, one_pair_each(pairs))
+    chosen, rejected = (scores_of(model, list(side)) for side in zip(*pairs, strict=True))
     right = (chosen > rejected).sum().item()
+    assert 5 < right < 35  # or it would show little
     assert found["accuracy"] == pytest.approx(right / 40) and found["pairs"] == 40
     assert (found["accuracy_low"], found["accuracy_high"]) == interval(right, 40)
     assert found["held_out_loss"] == pytest.approx(bradley_terry_loss(chosen, rejected).item())
-    assert sum(n for _, _, n in table) == 40
+    assert torch.equal(margin, chosen.double() - rejected.double())
 
 
 def test_a_report_of_pairs_of_equal_length_says_nothing_of_length(model):
-    found, _ = report(model, [(([1, 2], 1), ([1, 3], 1))] * 4, PAD, "float32")
-    assert 0 <= found["length_accuracy"] <= 1
+    found, _ = report_of(model, one_pair_each([(([1, 2], 1), ([1, 3], 1))] * 4))
+    assert found["length_accuracy"] == 0.5
+
+
+def test_length_alone_is_judged_from_the_side_that_is_right_more_often(model):
+    """Here the shorter response is chosen three times, the longer one once, and one is a tie."""
+    short, long, same = ([1, 2], 1), ([1, 2, 3], 1), ([1, 3], 1)
+    pairs = [(short, long)] * 3 + [(long, short), (short, same)]
+    found, _ = report_of(model, one_pair_each(pairs))
+    assert found["length_accuracy"] == pytest.approx(3.5 / 5)
+
+
+# --- a tie is half right: a model that says nothing is no better and no worse than a coin ---
+
+
+def test_a_tie_is_half_right_by_hand():
+    assert accuracy_of(torch.tensor([2.0, 0.0, -1.0, 0.0, 0.5])).item() == pytest.approx(3 / 5)
+
+
+def test_a_model_that_gives_every_response_the_same_score_is_half_right(model):
+    with torch.no_grad():
+        model.score.weight.zero_()
+    pairs = zip(some_rows(40, 1), some_rows(40, 2), strict=True)
+    found, margin = report_of(model, one_pair_each(pairs))
+    assert found["accuracy"] == 0.5
+    assert (found["accuracy_low"], found["accuracy_high"]) == interval(20, 40)
+    # Of every pair it says one half, and half of the pairs come true: it is calibrated.
+    assert calibration(margin) == [(0.5, 0.5, 40)]
+
+
+def test_in_the_calibration_a_tie_is_half_true():
+    # In the lowest bin: two ties, and one pair that is right at 51 %.
+    [(said, true, n)] = calibration(torch.tensor([0.0, 0.0, math.log(0.51 / 0.49)]))
+    assert said == pytest.approx((0.5 + 0.5 + 0.51) / 3)
+    assert (true, n) == (pytest.approx((0.5 + 0.5 + 1) / 3), 3)
+
+
+def test_in_the_log_of_training_a_tie_is_half_right():
+    """A response is compared with itself: whatever the model learns, that is a tie."""
+    groups, log = [([([1, 2, 3, 9], 1)], [(0, 0)])] * 8, Notes()
+    torch.manual_seed(0)
+    reward.train(ScalarGPT(TINY), groups, PAD, CFG, log)
+    assert [row["accuracy"] for row in log.rows] == [0.5, 0.5]
 
 
 # --- it learns ---
@@ -268,10 +317,9 @@ CFG = RMConfig(device="cpu", dtype="float32", batch_size=4, learning_rate=3e-3)
 def test_it_learns_a_known_order():
     model, summary = learn(CFG)
     assert summary["steps"] == 50  # one pass: 200 prompts, four an update
-    pairs = [(rows[i], rows[j]) for rows, choices in toy_comparisons(100, 2) for i, j in choices]
-    assert report(model, pairs, PAD, "float32")[0]["accuracy"] > 0.95
+    assert report_of(model, toy_comparisons(100, 2))[0]["accuracy"] > 0.95
     ladder = [([1, 2] + [3] * k + [5] * (4 - k) + [9], 2) for k in range(5)]
-    scores = score_rows(model, ladder, PAD, "float32")
+    scores = scores_of(model, ladder)
     assert scores.tolist() == sorted(scores.tolist())
 
 
@@ -283,6 +331,22 @@ def test_a_trained_reward_model_throws_no_dice():
 class Notes(RunLog):
     def write(self, step, **metrics):
         self.__dict__.setdefault("rows", []).append({k: float(x) for k, x in metrics.items()})
+
+
+def test_the_rate_rises_and_then_falls_to_zero_and_the_heads_is_ten_times_as_high(monkeypatch):
+    """A run that kept its rate after the warm-up would show here."""
+    made, rates, real = [], [], loop.adamw
+    monkeypatch.setattr(loop, "adamw", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+
+    class Rates(RunLog):
+        def write(self, step, **metrics):
+            rates.append([group["lr"] for group in made[0].param_groups])
+
+    learn(dataclasses.replace(CFG, steps=60), Rates())
+    head, trunk = zip(*rates, strict=True)
+    expected = [CFG.learning_rate * min((step + 1) / 20, 1 - step / 60) for step in range(60)]
+    assert trunk == pytest.approx(expected, rel=1e-6)
+    assert head == pytest.approx([10 * rate for rate in expected], rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -350,22 +414,23 @@ PAIRS = [("Hello?", "Hi."), ("Bye?", "No.")]
 )
 def test_a_function_that_returns_something_else_is_told_what_was_expected(returned):
     with pytest.raises(UserError, match="must return 2 finite numbers.* it returned "):
-        checked(returned, PAIRS)
+        user_code.call(lambda pairs: returned, PAIRS)
 
 
 @pytest.mark.parametrize("returned", [[1.0, math.nan], torch.tensor([0, -math.inf])])
 def test_a_function_that_has_no_number_for_a_response_is_told_which(returned):
     with pytest.raises(UserError, match=r"returned (nan|-inf) for 'No.', said to 'Bye\?'"):
-        checked(returned, PAIRS)
+        user_code.call(lambda pairs: returned, PAIRS)
 
 
 def test_numbers_of_every_kind_are_scores():
-    assert checked([1, True, torch.tensor(0.5)], [("", "")] * 3) == [1.0, 1.0, 0.5]
+    returned = [1, True, torch.tensor(0.5)]
+    assert user_code.call(lambda pairs: returned, [("", "")] * 3) == [1.0, 1.0, 0.5]
 
 
 def test_a_function_that_raises_shows_its_own_traceback_and_then_a_sentence(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def score(pairs):\n    return pairs[0] / 0  # oh\n")
-    function = load_function(f"{tmp_path}/mine.py:score")
+    function = user_code.load(f"{tmp_path}/mine.py:score")
     with pytest.raises(UserError, match="the reward function raised TypeError, see above: unsup"):
         by_text(function, Letters())(*collate([([1, 2], 1)], PAD))
     shown = capsys.readouterr().err
@@ -377,19 +442,19 @@ def test_a_file_that_cannot_be_imported_shows_its_own_traceback_and_then_a_sente
 ):
     (tmp_path / "mine.py").write_text("import no_such_module  # oh\n")
     with pytest.raises(UserError, match="mine.py raised ModuleNotFoundError, see above: No mod"):
-        load_function(f"{tmp_path}/mine.py:score")
+        user_code.load(f"{tmp_path}/mine.py:score")
     assert "import no_such_module  # oh" in capsys.readouterr().err
 
 
 def test_a_function_of_a_file(tmp_path):
     (tmp_path / "mine.py").write_text("def score(pairs):\n    return [1.5] * len(pairs)\n\nx = 3\n")
-    assert load_function(f"{tmp_path}/mine.py:score")([("p", "r")]) == [1.5]
+    assert user_code.load(f"{tmp_path}/mine.py:score")([("p", "r")]) == [1.5]
     for name in "missing", "x":
         with pytest.raises(UserError, match=f"mine.py has no function '{name}'"):
-            load_function(f"{tmp_path}/mine.py:{name}")
+            user_code.load(f"{tmp_path}/mine.py:{name}")
 
 
 @pytest.mark.parametrize("name", ["gold", "nowhere.py:score", ":score"])
 def test_a_reward_that_is_nowhere(name):
     with pytest.raises(UserError, match=f"expected rm, env or FILE.py:FUNCTION, got {name}"):
-        load_function(name)
+        user_code.load(name)

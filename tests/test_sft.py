@@ -10,7 +10,8 @@ import torch
 
 from nanorlhf import sft
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.sft import SFTConfig, held_out_loss, learning_rate, loss
+from nanorlhf.sft import SFTConfig, held_out_loss, loss
+from nanorlhf.support import loop
 from nanorlhf.support.data import collate, encode
 from nanorlhf.support.runlog import RunLog, read
 
@@ -81,10 +82,11 @@ def test_a_model_that_knows_nothing_pays_ln_v_a_token():
 def test_every_token_weighs_the_same_however_rows_are_batched():
     torch.manual_seed(0)
     model = GPT(TINY)
-    whole = held_out_loss(model, ROWS, PAD, 4, "float32")
-    for batch_size in 1, 3:
-        parts = held_out_loss(model, ROWS, PAD, batch_size, "float32")
-        assert parts == pytest.approx(whole, rel=1e-5)
+    whole = held_out_loss(model, ROWS, PAD, CFG)
+    for size in 1, 3:
+        for changes in dict(batch_size=size), dict(micro_batch_size=size):
+            parts = held_out_loss(model, ROWS, PAD, dataclasses.replace(CFG, **changes))
+            assert parts == pytest.approx(whole, rel=1e-5)
     with torch.no_grad():
         assert whole == pytest.approx(loss(model, *collate(ROWS, PAD)).item(), rel=1e-5)
 
@@ -93,8 +95,7 @@ def test_every_token_weighs_the_same_however_rows_are_batched():
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
-    cfg = SFTConfig(steps=100, warmup=10, learning_rate=1.0)
-    rates = [learning_rate(step, cfg) for step in range(100)]
+    rates = [loop.cosine(step, 100, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[4] == pytest.approx(0.5)
     assert max(rates) == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55)  # half-way down
@@ -103,8 +104,17 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
 
 
 def test_a_run_may_be_shorter_than_its_warm_up_or_have_none():
-    assert learning_rate(1, SFTConfig(steps=2, warmup=10, learning_rate=1.0)) == pytest.approx(0.2)
-    assert learning_rate(0, SFTConfig(steps=2, warmup=0, learning_rate=1.0)) == 1.0
+    assert loop.cosine(1, 2, 10) == pytest.approx(0.2)
+    assert loop.cosine(0, 2, 0) == 1.0
+
+
+def test_a_run_follows_that_schedule_in_every_group_of_weights():
+    """Warm-up, then down: a run that kept its rate, or followed another one, would show here."""
+    cfg, log = dataclasses.replace(CFG, steps=20), Notes()
+    learn(cfg, log)
+    expected = [cfg.learning_rate * loop.cosine(step, 20, 5) for step in range(20)]
+    assert [row["lr"] for row in log.rows] == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] < 0.12 * max(expected)
 
 
 def test_biases_and_layernorms_are_not_decayed():
@@ -134,7 +144,7 @@ def test_a_handful_of_rows_is_learnt_by_heart(tmp_path):
     _, summary = learn(dataclasses.replace(CFG, out=str(tmp_path)))
     assert summary["loss"] < 0.05
     assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
-    assert summary["steps"] == 60 and summary["tokens"] == 60 * (3 + 2 + 4 + 2)
+    assert summary["steps"] == 60 and summary["tokens"] == 60 * (5 + 3 + 7 + 4)
 
 
 class Notes(RunLog):
@@ -191,6 +201,9 @@ def test_a_run_that_is_taken_further_goes_on_at_the_rate_of_the_longer_run(tmp_p
     learn(short, RunLog(tmp_path))
     long = dataclasses.replace(short, steps=7, resume=True)
     learn(long, RunLog(tmp_path))
-    expected = [learning_rate(step, short if step < 4 else long) for step in range(7)]
+    expected = [
+        cfg.learning_rate * loop.cosine(step, cfg.steps, cfg.warmup)
+        for step, cfg in enumerate([short] * 4 + [long] * 3)
+    ]
     assert [row["lr"] for row in read(tmp_path)] == pytest.approx(expected, rel=1e-5)
     assert expected[3] < expected[4]  # it had nearly come to rest
