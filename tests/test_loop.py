@@ -1,6 +1,7 @@
 """One optimiser step by hand, the schedules, and what the loop around them keeps."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ class Config(TrainConfig):
     """A run of a few numbers."""
 
     out: str = ""
+    steps: int = 4
     batch_size: int = 2
 
 
@@ -151,13 +153,13 @@ def test_a_warm_up_longer_than_the_run_only_rises():
 # --- the loop ---
 
 
-def run(cfg, steps, schedule=loop.linear, stop=None, **given):
+def run(cfg, schedule=loop.linear, stop=None, **given):
     """A run, up to the step `stop`. -> the batches, the rates of each step, the model, the state"""
     model = line()
     rates = [dict(params=[model.weight], lr=0.1), dict(params=[torch.zeros(1).requires_grad_()])]
     parts = dict(model=model, optimizer=loop.adamw(rates, 0.01))
     state, batches, seen, log = dict(step=0, tokens=0), [], [], RunLog(cfg.out)
-    for batch in loop.batches(ROWS, steps, parts, schedule, cfg, log, state, **given):
+    for batch in loop.batches(ROWS, parts, schedule, cfg, log, state, **given):
         if state["step"] == stop:
             break
         assert log.batch == batch
@@ -170,15 +172,15 @@ def run(cfg, steps, schedule=loop.linear, stop=None, **given):
 
 @pytest.mark.parametrize("schedule", [loop.linear, loop.cosine])
 def test_every_rate_follows_the_schedule_from_the_rate_it_had(schedule):
-    cfg = dataclasses.replace(CFG, warmup=2)
-    _, rates, _, state = run(cfg, 6, schedule)
+    cfg = dataclasses.replace(CFG, steps=6, warmup=2)
+    _, rates, _, state = run(cfg, schedule)
     factors = [schedule(step, 6, 2) for step in range(6)]
     assert torch.allclose(torch.tensor(rates), torch.tensor([[0.1 * f, 0.01 * f] for f in factors]))
     assert state["step"] == 6
 
 
 def test_every_row_is_seen_once_an_epoch():
-    batches, _, _, state = run(CFG, 4)
+    batches, _, _, state = run(CFG)
     assert [len(batch) for batch in batches] == [2] * 4
     for epoch in batches[:2], batches[2:]:
         assert sorted(row for batch in epoch for row in batch) == sorted(ROWS)
@@ -186,16 +188,28 @@ def test_every_row_is_seen_once_an_epoch():
 
 
 def test_a_batch_may_have_a_size_of_its_own():
-    batches, *_ = run(CFG, 4, batch_size=1)
+    batches, *_ = run(CFG, batch_size=1)
     assert [len(batch) for batch in batches] == [1] * 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_number_of_steps_is_one_pass(size):
+    batches, rates, _, state = run(dataclasses.replace(CFG, steps=0, batch_size=size))
+    steps = math.ceil(4 / size)
+    assert sorted(row for batch in batches for row in batch) == sorted(ROWS)
+    assert state["step"] == len(batches) == steps
+    assert [rate for rate, _ in rates] == pytest.approx(
+        [0.1 * (1 - i / steps) for i in range(steps)]
+    )
 
 
 def test_what_is_no_row_says_which_rows_it_holds():
     """A prompt, or a group of responses: its rows are counted, and kept for a step that fails."""
     prompts, log, state = [[1, 2], [3] * 5, [4], [5] * 4], RunLog(), dict(step=0, tokens=0)
     parts = dict(optimizer=loop.adamw(line().parameters(), 0.1))
-    given = parts, loop.linear, CFG, log, state, lambda prompt: [(prompt, len(prompt))]
-    seen = [(batch, log.batch) for batch in loop.batches(prompts, 2, *given)]
+    cfg, rows_of = dataclasses.replace(CFG, steps=2), lambda prompt: [(prompt, len(prompt))]
+    source = loop.batches(prompts, parts, loop.linear, cfg, log, state, rows_of)
+    seen = [(batch, log.batch) for batch in source]
     for batch, rows in seen:
         assert rows == [(prompt, len(prompt)) for prompt in batch]
     assert sorted(prompt for batch, _ in seen for prompt in batch) == sorted(prompts)
@@ -203,10 +217,10 @@ def test_what_is_no_row_says_which_rows_it_holds():
 
 
 def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path):
-    cfg = dataclasses.replace(CFG, save_every=2, out=str(tmp_path))
-    whole, rates, model, state = run(cfg, 6)
-    assert len(run(cfg, 6, stop=5)[0]) == 5
-    rest, rates_again, again, state_again = run(dataclasses.replace(cfg, resume=True), 6)
+    cfg = dataclasses.replace(CFG, steps=6, save_every=2, out=str(tmp_path))
+    whole, rates, model, state = run(cfg)
+    assert len(run(cfg, stop=5)[0]) == 5
+    rest, rates_again, again, state_again = run(dataclasses.replace(cfg, resume=True))
     assert rest == whole[4:] and rates_again == rates[4:] and state_again == state
     assert torch.equal(again.weight, model.weight) and model.weight.item() != 0
 
