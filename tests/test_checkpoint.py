@@ -8,8 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from nanorlhf import UserError
-from nanorlhf.support import checkpoint
+from nanorlhf.support import UserError, checkpoint
 from nanorlhf.support.checkpoint import (
     load,
     load_state,

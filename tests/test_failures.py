@@ -15,10 +15,10 @@ import torch
 from small_runs import ROWS, STAGES, STILL
 from test_interruptions import rows, same_bits
 
-from nanorlhf import UserError, dpo, ilql, ppo, reward, sft, tokenizer
+from nanorlhf import dpo, ilql, ppo, reward, sft, tokenizer
 from nanorlhf.generate import generate
 from nanorlhf.model import GPT
-from nanorlhf.support import checkpoint
+from nanorlhf.support import UserError, checkpoint
 from nanorlhf.support.checkpoint import load_state, save_state
 from nanorlhf.support.config import run
 from nanorlhf.support.runlog import RunLog, open_run, write_whole
@@ -62,7 +62,7 @@ def test_a_loss_that_goes_bad_stops_the_run_with_its_rows_and_the_last_good_save
     bad = [json.loads(line) for line in (broken / "bad_batch.jsonl").read_text().splitlines()]
     assert "loss is nan at step 3: a lower --learning-rate" in said
     assert f"the step's {len(bad)} rows are in {broken}/bad_batch.jsonl" in said
-    assert said.endswith("and --resume goes on from the save of 3 steps")
+    assert said.endswith("and --resume continues from the save after 3 steps")
     assert len(bad) >= 4 and {"tokens", "prompt_len"} == bad[0].keys()
     if stage != "ppo":  # which answers rows of its own
         assert all(row["tokens"] in TEXTS for row in bad)
@@ -87,7 +87,7 @@ def test_the_rows_of_a_bad_step_can_be_read_as_text(tmp_path):
 def test_a_resumed_run_that_goes_bad_at_once_names_the_save_it_came_from(tmp_path):
     write_whole(tmp_path / "log.jsonl", '{"step": 0}\n{"step": 1}\n')
     log = RunLog(tmp_path)
-    with pytest.raises(UserError, match="--resume goes on from the save of 2 steps"):
+    with pytest.raises(UserError, match="--resume continues from the save after 2 steps"):
         for step in log.steps(2, 5):
             log.write(step, loss=float("nan"))
 
@@ -97,7 +97,7 @@ def test_weights_that_are_no_numbers_are_never_saved_over_good_ones(tmp_path):
     save_state(tmp_path, dict(model=model), step=1)
     with torch.no_grad():
         model.weight[1, 0] = float("inf")
-    with pytest.raises(UserError, match="the model has weights that are no finite numbers"):
+    with pytest.raises(UserError, match="the model has weights that are not finite numbers"):
         save_state(tmp_path, dict(model=model), step=2)
     assert load_state(tmp_path, dict(model=model)) == dict(step=1)
 
@@ -107,7 +107,7 @@ def test_a_model_that_is_spoilt_says_so_before_it_says_nonsense():
     generate(model, [[1, 2]], 3)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="no finite numbers.*--learning-rate"):
+    with pytest.raises(UserError, match="not a finite number.*--learning-rate"):
         generate(model, [[1, 2]], 3)
 
 

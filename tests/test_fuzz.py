@@ -18,9 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanorlhf import UserError, evaluate, reward, tokenizer
+from nanorlhf import evaluate, reward, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
-from nanorlhf.support import checkpoint, data, runlog
+from nanorlhf.support import UserError, checkpoint, data, runlog
 
 MULTIPLE, FLOOR = 60, 2**20  # JSON: an empty list is 3 bytes in a file and 64 in memory
 

@@ -1,12 +1,19 @@
-"""The house stands as planned: imports point down, files stay short, nothing is unpickled."""
+"""The rules for the code: imports point down, files stay short, nothing is unpickled."""
 
 import ast
+import collections
+import copy
 import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+
+from nanorlhf import ppo, reward
+from nanorlhf.model import GPT, GPTConfig, ScalarGPT
+from nanorlhf.support.runlog import RunLog
 
 ROOT = Path(__file__).parents[1]
 # By the names they are imported by: support.config, ppo, train_ppo.
@@ -68,9 +75,84 @@ def test_there_is_no_ring():
     TopologicalSorter({name: ours(name) for name in MODULES}).prepare()  # raises CycleError
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("support.")])
+def test_support_imports_nothing_of_ours_but_support(name):
+    """Not even the package itself, which would be a way around."""
+    found = {m for m in imported(name) if m.split(".")[0] == "nanorlhf" or m in MODULES}
+    assert all(m.startswith("nanorlhf.support") for m in found), found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_imported_by_a_name_in_a_string(name):
+    """Such an import is seen neither by a reader nor by the tests here.
+
+    A user's own file is another matter: it is loaded from its path, and once.
+    """
+    assert "__import__" not in {node.id for node in ast.walk(tree(name)) if type(node) is ast.Name}
+    assert not {m for m in imported(name) if m.split(".")[0] in ("runpy", "pkgutil", "imp")}
+    through = {m for m in imported(name) if m.split(".")[0] == "importlib"}
+    assert through <= ({"importlib.util"} if name == "support.user_code" else set())
+    assert not {what for what, _ in calls(name) if what.endswith("import_module")}
+
+
+# --- how long it is ---
+
+
+def lines(paths):
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_file_can_be_read_at_one_sitting(name):
-    assert len(FILES[name].read_text().splitlines()) <= 330
+    assert lines([FILES[name]]) <= 330
+
+
+@pytest.mark.parametrize("files, most", [
+    ("nanorlhf/ppo.py", 300),
+    ("nanorlhf/*.py", 1800),  # the course
+    ("nanorlhf/**/*.py", 4000),
+])  # fmt: skip
+def test_there_are_no_more_lines_than_planned(files, most):
+    length = lines(ROOT.glob(files))
+    assert 0 < length <= most
+
+
+def body(function):
+    """What a function does, as text: without its name and its docstring."""
+    statements = function.body[1:] if ast.get_docstring(function) else function.body
+    return "\n".join(map(ast.dump, statements))
+
+
+def test_no_two_functions_do_the_same_in_the_same_words():
+    where = collections.defaultdict(list)
+    for name in MODULES:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.FunctionDef):
+                where[body(node)].append(f"{name}.{node.name}")
+    assert not [names for names in where.values() if len(names) > 1]
+
+
+def test_a_round_of_ppo_is_understood_from_eight_files_of_the_course():
+    """One round with a critic and a reward model, as train_ppo.py runs it: what is called?"""
+    torch.manual_seed(0)
+    shape = GPTConfig(vocab_size=12, n_positions=9, n_layer=1, n_head=2, n_embd=8)
+    policy, critic, reward_model = GPT(shape).eval(), ScalarGPT(shape), ScalarGPT(shape)
+    cfg = ppo.PPOConfig(steps=1, batch_size=4, max_new_tokens=4, device="cpu", dtype="float32")
+    score, course, found = reward.by_model(reward_model), ROOT / "nanorlhf", set()
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.parent == course:
+            found.add(path.stem)
+
+    sys.setprofile(note)
+    try:
+        ppo.train(policy, copy.deepcopy(policy), critic.eval(), score, [[1, 2], [3]] * 4, 10, 11,
+                  cfg, RunLog())  # fmt: skip
+    finally:
+        sys.setprofile(None)
+    assert {"ppo", "generate", "model", "attention", "logprobs", "advantages"} <= found
+    assert len(found) <= 8, found
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -15,10 +15,10 @@ import torch
 import transformers
 
 import train_sft
-from nanorlhf import UserError, evaluate, tokenizer
+from nanorlhf import evaluate, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.sft import SFTConfig
-from nanorlhf.support import bpe_files, pretrained
+from nanorlhf.support import UserError, bpe_files, pretrained
 
 CONTENT = random.Random(0).randbytes(300_000)
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -324,7 +324,8 @@ def test_sft_begins_with_gpt2_and_evaluate_compares_with_it(
     out, demos = str(tmp_path / "out"), tmp_path / "demos.jsonl"
     records = [dict(prompt=f"{i} and {i} make", response=f" {2 * i}") for i in range(30)]
     demos.write_text("\n".join(map(json.dumps, records)))
-    train_sft.main(SFTConfig(out, [str(demos)], init=init, steps=2, device="cpu", dtype="float32"))
+    cfg = SFTConfig(out=out, data=[str(demos)], init=init, steps=2, device="cpu", dtype="float32")
+    train_sft.main(cfg)
 
     ours, theirs = GPT.load(out), transformers.AutoModelForCausalLM.from_pretrained(out)
     assert ours.config.vocab_size == theirs.config.vocab_size == tok.vocab_size == 50258
@@ -335,7 +336,9 @@ def test_sft_begins_with_gpt2_and_evaluate_compares_with_it(
     assert 0 < moved.abs().max() < 1  # two steps away from where it began
     assert len(transformers.AutoTokenizer.from_pretrained(out)) == 50258
 
-    cfg = evaluate.EvaluateConfig(out, init, prompts=2, max_new_tokens=4, device="cpu")
+    cfg = evaluate.EvaluateConfig(
+        policy=out, against=init, prompts=2, max_new_tokens=4, device="cpu"
+    )
     evaluate.main(cfg)
     assert "over 2 held-out prompts" in capsys.readouterr().out
 
@@ -343,6 +346,7 @@ def test_sft_begins_with_gpt2_and_evaluate_compares_with_it(
 def test_models_with_two_vocabularies_cannot_be_compared(tmp_path):
     for name, text in ("a", "ab ab"), ("b", "cd cd"):
         tokenizer.learn([text], 259).save(tmp_path / name)
+        GPT(GPTConfig(259, 12, 1, 1, 4)).save(tmp_path / name)
     cfg = evaluate.EvaluateConfig(
         policy=str(tmp_path / "a"), against=str(tmp_path / "b"), device="cpu"
     )

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import UserError
-from nanorlhf.support import runlog
+from nanorlhf.support import UserError, runlog
 from nanorlhf.support.runlog import RunLog, open_run, read, samples
 
 

@@ -4,10 +4,9 @@ In: a folder, or a name such as "gpt2". Out: settings and tensors that are what 
 file may come from a stranger. Published weights are downloaded once to ~/.cache/nanorlhf or where
 NANORLHF_CACHE says; HF_ENDPOINT names a mirror of huggingface.co.
 
-A broken download goes on where it broke. The weights get their final name last, once their SHA-256
-is right: what bears that name is whole, and no network is asked for it again.
+A broken download continues where it broke. The weights get their final name last, once their
+SHA-256 is right: a file of that name is whole, and is never asked for again.
 """
-
 import hashlib
 import json
 import os
@@ -25,39 +24,36 @@ from nanorlhf.support import UserError, checkpoint
 
 # name: revision, SHA-256 of its model.safetensors, layers, heads, channels
 PUBLISHED = {
-    "gpt2": (  # 0.5 GB
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",  # 0.5 GB
         "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707", 12, 12, 768),
-    "gpt2-medium": (  # 1.5 GB
-        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da",  # 1.5 GB
         "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd", 24, 16, 1024),
-    "gpt2-large": (  # 3.2 GB
-        "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519",  # 3.2 GB
         "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce", 36, 20, 1280),
-    "gpt2-xl": (  # 6.4 GB
-        "15ea56dee5df4983c59b2538573817e1667135e2",
+    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",  # 6.4 GB
         "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a", 48, 25, 1600),
-}  # fmt: skip
+}
 TIMEOUT = 30  # seconds of silence
-
-
 # What model.py computes. Other members of GPT-2's family would load, and compute wrong numbers.
-EXPECTED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+GPT2 = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5)
+EXPECTED = dict(GPT2, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                add_cross_attention=False)
 
 
 def save(folder, architecture, config, tensors, **extra):
     """config: the fields of GPTConfig; extra goes into config.json as it is."""
     dropout = config.pop("dropout")
-    config = {"architectures": [architecture], "model_type": "gpt2",
-              "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, **config,
-              "embd_pdrop": dropout, "resid_pdrop": dropout, "attn_pdrop": 0.0, **extra}
+    config = dict(architectures=[architecture], model_type="gpt2", **GPT2, **config,
+                  embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=0.0, **extra)
     checkpoint.save(folder, config, {name: transposed(name, w).contiguous().cpu()
                                      for name, w in tensors.items()})
 
 
 def load(folder):
-    """A folder, or the name of a published model -> config (a dict), {name: tensor}"""
+    """A folder, or the name of a published model -> config (a dict), {name: tensor}
+
+    Raises UserError where the folder holds no model, or one that model.py would compute wrongly.
+    """
     if folder in PUBLISHED:
         folder = fetch(folder)
     config, tensors = checkpoint.load(folder)
@@ -82,7 +78,8 @@ def transposed(name, weight):
 
 
 def sizes(config, most, folder):
-    """The sizes in config.json, if they are numbers and `most` tensors could be so many layers."""
+    """The sizes in config.json. Raises UserError where one is no number, or too large: `most` is
+    the number of tensors in the file, and no model has more layers."""
     path, numbers = Path(folder) / "config.json", {}
     for name in "vocab_size", "n_positions", "n_layer", "n_head", "n_embd":
         if name not in config:
@@ -95,8 +92,8 @@ def sizes(config, most, folder):
 
 
 def check(tensors, expected, needed, folder):
-    """Have the tensors the shapes of `expected`? Those whose name starts with `needed` must be
-    there."""
+    """Raise UserError where tensors have other shapes than `expected`, or one is missing whose name
+    starts with `needed`."""
     if "score.weight" in tensors and "score.weight" not in expected:
         raise UserError(f"{folder}: expected a language model, came one with a scalar head: a "
                         "reward model or a critic")
@@ -111,42 +108,33 @@ def check(tensors, expected, needed, folder):
                             f"for {tuple(weight.shape)}")
 
 
-# --- published weights ---------------------------------------------------------------------------
-
 def fetch(name):
-    """The folder with the model of that name, which is downloaded if it is not there. -> Path"""
+    """The folder with a published model, which is downloaded if it is not there. -> Path"""
     revision, sha256, n_layer, n_head, n_embd = PUBLISHED[name]
     host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{host}/openai-community/{name}/resolve/{revision}/model.safetensors"
-    cache = Path(os.environ.get("NANORLHF_CACHE") or "~/.cache/nanorlhf").expanduser()
-    folder = cache / name
+    folder = Path(os.environ.get("NANORLHF_CACHE") or "~/.cache/nanorlhf").expanduser() / name
     weights, part = folder / "model.safetensors", folder / "model.safetensors.part"
     if weights.exists():
         return folder
 
-    config = dict(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function="gelu_new",
-        layer_norm_epsilon=1e-5, vocab_size=50257, n_positions=1024,
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-    )  # fmt: skip
+    config = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", **GPT2, vocab_size=50257,
+                  n_positions=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         came = download(url, part)
         if came != sha256:
             part.unlink(missing_ok=True)
-            raise UserError(
-                f"{url}: expected a file of SHA-256 {sha256}, came {came}, and it is removed; "
-                "the same command starts anew"
-            )
+            raise UserError(f"{url}: expected a file of SHA-256 {sha256}, came {came}, and it is "
+                            "removed; the same command starts again from the beginning")
         with suppress(FileNotFoundError):  # another process was first
             os.replace(part, weights)
     except (OSError, HTTPException, ValueError) as error:  # ValueError: HF_ENDPOINT is no URL
         arrived = part.stat().st_size if part.exists() else 0
-        raise UserError(
-            f"cannot download {url} to {folder}: {error}; {arrived:,} bytes have arrived, and the "
-            "same command goes on from there; without a network, put the file there by hand"
-        ) from None
+        raise UserError(f"cannot download {url} to {folder}: {error}; {arrived:,} bytes have "
+                        "arrived, and the same command continues from there; without a network, "
+                        "put the file there by hand") from None
     return folder
 
 
@@ -156,28 +144,26 @@ def download(url, part):
     # write the same bytes to the same places.
     part.touch()
     with open(part, "r+b") as file:
-        receive(url, file)
+        start = file.seek(0, os.SEEK_END)
+        request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "nanorlhf"})
+        try:
+            with urlopen(request, timeout=TIMEOUT) as answer:
+                receive(answer, file, start)
+        except HTTPError as error:
+            if error.code != 416:  # which says that nothing is missing
+                raise
         file.seek(0)
         os.fsync(file.fileno())  # else a power cut may keep the final name and lose the content
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def receive(url, file):
-    """Ask for everything after the end of the file, and write it there."""
-    start = file.seek(0, os.SEEK_END)
-    request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "nanorlhf"})
-    try:
-        answer = urlopen(request, timeout=TIMEOUT)
-    except HTTPError as error:
-        if error.code == 416:  # there is nothing after it
-            return
-        raise
-    with answer:
-        if answer.status != 206:  # a server that knows no ranges sends it all again
-            start = file.seek(0)
-        total = start + (answer.length or 0)
-        settings = dict(initial=start, desc="download", disable=None, leave=False)
-        with tqdm.wrapattr(answer, "read", total, **settings) as body:
-            shutil.copyfileobj(body, file)
-        if answer.length:  # what was announced and has not come
-            raise OSError(f"the connection broke, {answer.length:,} bytes of {total:,} are missing")
+def receive(answer, file, start):
+    """Write what comes to the file, behind its first `start` bytes."""
+    if answer.status != 206:  # a server that knows no ranges sends it all again
+        start = file.seek(0)
+    total = start + (answer.length or 0)
+    settings = dict(initial=start, desc="download", disable=None, leave=False)
+    with tqdm.wrapattr(answer, "read", total, **settings) as body:
+        shutil.copyfileobj(body, file)
+    if answer.length:  # what was announced and has not come
+        raise OSError(f"the connection broke, {answer.length:,} bytes of {total:,} are missing")

@@ -9,7 +9,6 @@ runs, and a run of other settings replaces what is in it only with --overwrite.
         log.write(step, score=0.9, kl=3.2, clip_frac=0.1)
     log.finish(steps=cfg.steps, score=0.9)
 """
-
 import dataclasses
 import json
 import math
@@ -25,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanorlhf.support import UserError, parallel
-from nanorlhf.support.checkpoint import replacing
+from nanorlhf.support.checkpoint import write_whole
 
 # These say how to run and not what is run, so they may differ when a run is resumed or repeated.
 NOT_SETTINGS = ("out", "device", "micro_batch_size", "compile", "resume", "overwrite")
@@ -33,7 +32,7 @@ BAD_BATCH = "bad_batch.jsonl"  # the rows of a step that went wrong
 
 
 def open_run(folder, cfg, resume=False, overwrite=False):
-    """Make the folder ready for a run with these settings, or say why it is not.
+    """Make the folder ready for a run with these settings. Raises UserError where it is not.
 
     The same settings again replace the run, so that a command can be repeated as it is.
     """
@@ -42,42 +41,30 @@ def open_run(folder, cfg, resume=False, overwrite=False):
 
 def prepare(folder, cfg, resume, overwrite):
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_SETTINGS}
-    if resume:
-        check_resumable(folder, settings)
-    else:
-        check_replaceable(folder, settings, overwrite)
-        # Or --resume would take them up.
-        for name in ("log.jsonl", "summary.json", "state.pt", BAD_BATCH):
-            (folder / name).unlink(missing_ok=True)
-    write_whole(folder / "settings.json", settings)
-
-
-def check_resumable(folder, settings):
-    if not (folder / "state.pt").exists():
+    if resume and not (folder / "state.pt").exists():
         raise UserError(f"--resume: expected a saved state in {folder}, and state.pt is not there")
-    old = read_settings(folder)
-    changed = differences(old, settings)
-    # More steps are allowed: the steps that were made stay as they are, and from there on the
-    # learning rate is the one of the longer run. (0 means one pass over the data, so there is no
-    # number to compare.)
-    if 0 < old.get("steps", 0) < settings.get("steps", 0):
-        changed.pop("steps", None)
-    if changed:
-        raise UserError(f"--resume: {folder} was run with other settings ("
-                        f"{'; '.join(changed.values())}); give the same ones, or start again in "
-                        "another --out")
-
-
-def check_replaceable(folder, settings, overwrite):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        is_empty = not any(folder.iterdir())
+        old = read_settings(folder) if any(folder.iterdir()) else settings
     except OSError as error:
         raise UserError(f"--out: cannot make the folder {folder}: {error.strerror}") from None
-    changed = {} if is_empty else differences(read_settings(folder), settings)
+    # When resuming, more steps are allowed: the steps that were made stay as they are, and from
+    # there on the learning rate is the one of the longer run. (0 means one pass over the data, so
+    # there is no number to compare.)
+    longer = resume and 0 < old.get("steps", 0) < settings.get("steps", 0)
+    changed = "; ".join(f"{k} {old.get(k, 'unset')} there, {settings.get(k, 'unset')} here"
+                        for k in {**old, **settings} if old.get(k, ...) != settings.get(k, ...)
+                        and not (longer and k == "steps"))
+    if changed and resume:
+        raise UserError(f"--resume: {folder} was run with other settings ({changed}); give the "
+                        "same ones, or start again in another --out")
     if changed and not overwrite:
-        raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed.values())})"
-                        "; choose another --out, or replace it with --overwrite")
+        raise UserError(f"{folder} holds a run with other settings ({changed}); choose another "
+                        "--out, or replace it with --overwrite")
+    if not resume:  # or --resume would take these up later
+        for name in "log.jsonl", "summary.json", "state.pt", BAD_BATCH:
+            (folder / name).unlink(missing_ok=True)
+    write_whole(folder / "settings.json", settings)
 
 
 def read_settings(folder):
@@ -86,19 +73,6 @@ def read_settings(folder):
     except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(f"--out: {folder} holds files but no run (no settings.json that can be "
                         "read), so nothing in it is touched; choose another --out") from None
-
-
-def differences(old, new):
-    """{name: a phrase} for each setting that differs."""
-    names = [name for name in {**old, **new} if old.get(name, ...) != new.get(name, ...)]
-    return {k: f"{k} {old.get(k, 'unset')} there, {new.get(k, 'unset')} here" for k in names}
-
-
-def write_whole(path, content):
-    """Write a text, or a dict as JSON. A crash in the middle leaves the old file."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 class RunLog:
@@ -124,8 +98,7 @@ class RunLog:
 
         After Ctrl-C the current step ends and is saved; a second Ctrl-C stops at once.
         """
-        if self.folder:
-            # A run that died after its last save has logged the steps that it now makes again.
+        if self.folder:  # a run that died has logged steps that were not saved and come again
             rows = read(self.folder) if start > 0 else []
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] < start]
             write_whole(self.folder / "log.jsonl", "".join(kept))
@@ -142,8 +115,7 @@ class RunLog:
     def due(self, done, every):
         """Is it time to save, when `done` steps are done? If so, their log is safe on the disk.
 
-        It is after every so many steps, after the last one, and after Ctrl-C; never without a
-        folder.
+        It is after every so many steps, the last one and Ctrl-C; never without a folder.
         """
         self.stopping = any(parallel.all_gather(self.interrupted))  # all after the same step
         last = done - 1 == max(self.ends, default=None)
@@ -164,8 +136,8 @@ class RunLog:
             raise UserError(f"cannot write {path}: {error.strerror}; {self.last_save()}") from None
 
     def last_save(self):
-        return (f"--resume continues from the save after {self.saved} steps" if self.saved else
-                "nothing had been saved")
+        return (f"--resume continues from the save after {self.saved} steps" if self.saved
+                else "nothing had been saved")
 
     def write(self, step, **metrics):
         try:
@@ -177,7 +149,7 @@ class RunLog:
         line = "  ".join(f"{k} {cell(metrics.get(k)):>8}" for k in self.columns or metrics)
         if self.bar is not None:
             self.bar.set_postfix_str(line, refresh=False)
-        if step % self.every == 0 or step in self.ends:
+        if step % max(1, self.every) == 0 or step in self.ends:
             tqdm.write(f"step {step:>5}  {line}")
             sys.stdout.flush()  # a pipe would keep it back for pages
 
@@ -185,16 +157,15 @@ class RunLog:
         """Write the rows of a step that went wrong, and say where they and the last save are."""
         if not self.folder:
             return ""
-        lines = []
+        records, path = [], self.folder / BAD_BATCH
         for tokens, n in self.batch:
             tokens, n = [int(token) for token in tokens], int(n)
-            record = dict(tokens=tokens, prompt_len=n)
+            records.append(dict(tokens=tokens, prompt_len=n))
             if self.decode:
-                record |= dict(prompt=self.decode(tokens[:n]), response=self.decode(tokens[n:]))
-            lines.append(json.dumps(record) + "\n")
-        path = self.folder / BAD_BATCH
-        write_whole(path, "".join(lines))
-        return f"; the step's {len(lines)} rows are in {path}, and {self.last_save()}"
+                records[-1] |= dict(prompt=self.decode(tokens[:n]),
+                                    response=self.decode(tokens[n:]))
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+        return f"; the step's {len(records)} rows are in {path}, and {self.last_save()}"
 
     def finish(self, **summary):
         """Write summary.json: what is given, and the seconds since this RunLog was made."""
@@ -272,7 +243,8 @@ def samples(folder, before, after, titles=("before", "after")):
         page.append(f"## {number}\n")
         for title, text in zip(titles, (prompt, old, new), strict=True):
             text = printable(text) or "(nothing)"
-            page.append(f"**{title}**\n\n{fenced(text)}\n")
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`*", text))))  # longer than any in it
+            page.append(f"**{title}**\n\n{fence}text\n{text}\n{fence}\n")
             print(f"{title:{width}}" + text.replace("\n", "\n" + " " * width))
         print()
     write_whole(Path(folder) / "samples.md", "\n".join(page))
@@ -281,9 +253,3 @@ def samples(folder, before, after, titles=("before", "after")):
 def printable(text):
     """The text without control characters, which an untrained model often writes."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def fenced(text):
-    """A Markdown code block, with a fence longer than any inside the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`*", text))))
-    return f"{fence}text\n{text}\n{fence}"
