@@ -78,9 +78,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
 
     def forward(self, x):
         x = F.gelu(self.c_fc(x), approximate="tanh")
@@ -153,8 +153,8 @@ class GPT(SavedModel):
 
 def load_policy(folder: str, device) -> tuple[GPT, tokenizer.Tokenizer]:
     """The language model in a folder and its tokenizer, of which it can write every token."""
-    tok = tokenizer.load(folder)
-    return GPT.load(folder).resize_vocab(tok.vocab_size).to(device), tok
+    model, tok = GPT.load(folder), tokenizer.load(folder)
+    return model.resize_vocab(tok.vocab_size).to(device), tok
 
 
 class ScalarGPT(SavedModel):
@@ -167,8 +167,8 @@ class ScalarGPT(SavedModel):
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         nn.init.normal_(self.score.weight, std=(config.n_embd + 1) ** -0.5)   # Stiennon et al. 2020
 
-    def save(self, folder, **extra):
-        super().save(folder, num_labels=1, **extra)
+    def save(self, folder, tok=None, **extra):
+        super().save(folder, tok, num_labels=1, **extra)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return wide(self.score(self.transformer(tokens)).squeeze(-1))
@@ -195,15 +195,15 @@ class QGPT(GPT):
         self.v = _value_head(config.n_embd, 1)
         self.register_buffer("beta", torch.ones(()))
 
-    def save(self, folder, **extra):
+    def save(self, folder, tok=None, **extra):
         # Not "gpt2": another library would load the trunk and leave the heads out without a word.
-        super().save(folder, model_type="qgpt", **extra)
+        super().save(folder, tok, model_type="qgpt", **extra)
 
     def head(self, hidden: Tensor) -> Tensor:
         """log pi + beta (Q - V), up to a constant. hidden (..., C) -> logits (..., V)
 
         V is the same for all tokens, so it changes no probability; it keeps the logits near those
-        of the language model. Of two Q heads the lower counts, as Q tends to be too high.
+        of the language model. Of the two Q heads the lower counts: Q tends to be too high.
         """
         gain = torch.minimum(*(q(hidden) for q in self.target_q)) - self.v(hidden)
         return super().head(hidden) + self.beta * wide(gain)

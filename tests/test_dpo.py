@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from nanorlhf import dpo, environment, reward, tokenizer
-from nanorlhf.dpo import DPOConfig, compare, compare_samples, dpo_loss, report, whole_logprobs
-from nanorlhf.generate import generate, responses
+from nanorlhf.dpo import DPOConfig, dpo_loss, implicit_reward, loss_of, whole_logprobs
+from nanorlhf.generate import generate_rows
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.reward import compare_samples
 from nanorlhf.support.data import collate
 from nanorlhf.support.runlog import RunLog, read
+from nanorlhf.support.stats import interval
 
 TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
 LIKED, EOS, PAD = 3, 9, 11
@@ -34,6 +36,12 @@ def apart():
     """A policy and a reference that disagree."""
     torch.manual_seed(0)
     return GPT(TINY).eval(), GPT(TINY).eval()
+
+
+def report(policy, reference, groups, beta=CFG.beta):
+    """What the command says of held-out comparisons. -> metrics, the margin of each pair"""
+    learnt = implicit_reward(policy, reference, beta)
+    return reward.report(learnt, groups, PAD, policy.device, "float32")
 
 
 def toy_comparisons(n, seed):
@@ -97,7 +105,6 @@ def test_the_metrics_are_those_of_a_slow_loop_over_the_pairs():
     policy, reference = (model.double() for model in apart())
     groups = toy_comparisons(5, 1)
     groups[0][1].pop()  # prompts differ in their comparisons
-    cfg = dataclasses.replace(CFG, beta=0.3, batch_size=2)
 
     def implicit(row):
         batch = collate([row], PAD)
@@ -113,42 +120,54 @@ def test_the_metrics_are_those_of_a_slow_loop_over_the_pairs():
         chosen_reward=sum(chosen for chosen, _ in pairs) / 14,
         rejected_reward=sum(rejected for _, rejected in pairs) / 14,
     )
-    loss, metrics = compare(policy, reference, groups, PAD, cfg)
+    loss, metrics = loss_of(policy, reference, groups, PAD, beta=0.3)
     assert {name: x.item() for name, x in metrics.items()} == pytest.approx(expected, abs=1e-9)
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-9)
 
-    low, high = reward.interval(right, 14)
-    found = report(policy, reference, groups, PAD, cfg)
-    expected |= dict(accuracy_low=low, accuracy_high=high, pairs=14)
+    low, high = interval(right, 14)
+    found, margin = report(policy, reference, groups, beta=0.3)
+    assert margin.tolist() == pytest.approx([chosen - rejected for chosen, rejected in pairs])
+    expected = dict(
+        held_out_loss=expected["loss"],
+        accuracy=right / 14,
+        accuracy_low=low,
+        accuracy_high=high,
+        pairs=14,
+        length_accuracy=0.5,  # here all responses are of one length
+    )
     assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_before_the_first_step_the_policy_has_no_opinion():
     policy = new_policy().eval()
-    found = report(policy, copy.deepcopy(policy), toy_comparisons(5, 1), PAD, CFG)
-    assert found["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert (found["accuracy"], found["margin"], found["chosen_reward"]) == (0.5, 0, 0)
+    found, margin = report(policy, copy.deepcopy(policy), toy_comparisons(5, 1))
+    assert found["held_out_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["accuracy"] == 0.5 and not margin.any()
 
 
 def one_step(**changes):
-    """One step on one pair. -> report, and how far the weight that moved most has moved"""
+    """One step on one pair. -> implicit rewards of the chosen and of the rejected, and how far the
+    weight that moved most has moved"""
     policy, groups = new_policy(), toy_comparisons(1, 1)
     groups[0][1][1:] = []
     reference = copy.deepcopy(policy)
     cfg = dataclasses.replace(CFG, steps=1, **changes)
     dpo.train(policy, reference, groups, PAD, cfg, RunLog())
     moves = [(a - b).abs().max() for a, b in zip(policy.parameters(), reference.parameters())]
-    return report(policy, reference, groups, PAD, cfg), max(moves).item()
+    with torch.no_grad():
+        found = loss_of(policy, reference, groups, PAD, cfg.beta)[1]
+    return found["chosen_reward"], found["rejected_reward"], max(moves).item()
 
 
 def test_a_step_makes_the_chosen_likelier_and_the_rejected_less_so():
-    found, _ = one_step()
-    assert found["chosen_reward"] > 0 > found["rejected_reward"]
+    chosen, rejected, _ = one_step()
+    assert chosen > 0 > rejected
 
 
 def test_a_step_is_as_long_as_its_settings_allow():
-    assert one_step()[1] == pytest.approx(CFG.learning_rate / 20, rel=1e-3)  # Adam's first, warm-up
-    assert one_step(grad_clip=0.0)[1] == 0
+    # Adam's first step is as long as the rate, which warms up over 20 steps.
+    assert one_step()[-1] == pytest.approx(CFG.learning_rate / 20, rel=1e-3)
+    assert one_step(grad_clip=0.0)[-1] == 0
 
 
 # --- it learns ---
@@ -171,12 +190,13 @@ def test_it_learns_a_known_order_and_says_what_is_liked():
     policy, reference, summary = learn(CFG)
     assert summary["steps"] == 50  # one pass: 200 prompts, four an update
     assert summary["tokens"] == 200 * 3 * 7
-    assert report(policy, reference, toy_comparisons(100, 2), PAD, CFG)["accuracy"] > 0.9
+    assert report(policy, reference, toy_comparisons(100, 2))[0]["accuracy"] > 0.9
 
     shares = []
     for model in reference, policy:
         torch.manual_seed(1)
-        said = responses(*generate(model, [[1, 2]] * 200, 4, eos=EOS, pad=PAD))
+        rows = generate_rows(model, [[1, 2]] * 200, 4, EOS, PAD)
+        said = [tokens[n:] for tokens, n in rows]
         shares.append(sum(r.count(LIKED) for r in said) / sum(map(len, said)))
     assert shares[0] < 0.2 and shares[1] > 2 * shares[0]
 
@@ -312,12 +332,12 @@ def test_the_command_leaves_a_policy_and_its_diary(workshop):
 def test_the_summary_holds_every_promised_number(workshop):
     out = workshop[0] / "out" / "dpo"
     found = summary_of(out)
-    promised = "loss accuracy accuracy_low accuracy_high accuracy_ceiling seconds steps tokens"
-    assert found.keys() >= set(promised.split())
+    promised = "held_out_loss accuracy accuracy_low accuracy_high accuracy_ceiling"
+    assert found.keys() >= {"seconds", "steps", "tokens", *promised.split()}
     assert found["steps"] == len(read(out)) == 3 and found["tokens"] > 0 and found["pairs"] == 8
     assert 0 <= found["accuracy_low"] <= found["accuracy"] <= found["accuracy_high"] <= 1
     assert 0.5 <= found["accuracy_ceiling"] <= 1
-    assert found["margin"] != 0 != read(out)[-1]["margin"]  # it has moved away from its reference
+    assert read(out)[0]["margin"] == 0 != read(out)[-1]["margin"]  # it has left its reference
 
 
 def test_the_same_command_can_be_run_again_or_resumed_and_gives_the_same(workshop):

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 
-from nanorlhf import UserError, environment, evaluate, ilql, tokenizer
-from nanorlhf.generate import answer, generate, responses
-from nanorlhf.ilql import ILQLConfig, follow, logged, losses, q_targets, score_log
+from nanorlhf import environment, evaluate, ilql, tokenizer
+from nanorlhf.generate import generate, generate_rows, generate_texts
+from nanorlhf.ilql import ILQLConfig, follow, losses, q_targets, standardise
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
+from nanorlhf.reward import by_model, score_rows
+from nanorlhf.support import UserError
 from nanorlhf.support.data import collate, preferences, split
 from nanorlhf.support.runlog import RunLog, read
 
@@ -322,9 +324,8 @@ def past(n, rule, max_new_tokens=6):
     prompts = [[rng.randrange(9), rng.randrange(9)] for _ in range(n)]
     sft = trunk_alone(new_model())
     torch.manual_seed(1)
-    said = responses(*generate(sft, prompts, max_new_tokens, eos=EOS, pad=PAD))
-    rows = [(prompt + response, 2) for prompt, response in zip(prompts, said, strict=True)]
-    return rows, [rule(response) for response in said]
+    rows = generate_rows(sft, prompts, max_new_tokens, EOS, PAD)
+    return rows, [rule(tokens[n:]) for tokens, n in rows]
 
 
 def share_of_liked(response):
@@ -344,8 +345,7 @@ def learn(cfg, log=None, rule=share_of_liked, n=60, **changes):
     """-> the model, summary. With dropout, which training has to switch off."""
     model = new_model(**(dict(dropout=0.1) | changes)).train()
     rows, scores = past(n, rule)
-    with torch.no_grad():
-        scores = score_log(lambda *_: torch.tensor(scores), rows, PAD, model.device, cfg.dtype, n)
+    scores = standardise(torch.tensor(scores))
     return model, ilql.train(model, rows, scores, PAD, cfg, log or diary(cfg))
 
 
@@ -360,8 +360,8 @@ def test_it_says_more_of_what_was_liked_though_nobody_asked_it_while_it_learnt(r
     for beta in 0, 1, 4:
         model.beta.fill_(beta)
         torch.manual_seed(2)
-        said = responses(*generate(model, [[1, 2], [5, 0]] * 150, 6, eos=EOS, pad=PAD))
-        shares.append(sum(map(rule, said)) / 300)
+        rows = generate_rows(model, [[1, 2], [5, 0]] * 150, 6, EOS, PAD)
+        shares.append(sum(rule(tokens[n:]) for tokens, n in rows) / 300)
     assert in_the_log < 0.12 and shares[0] < 0.15  # at beta 0 it is what it was
     assert 1.5 * shares[0] < shares[1] < shares[2] and shares[2] > 0.5
 
@@ -415,8 +415,8 @@ def test_the_log_of_a_run_begins_with_heads_that_know_nothing_and_its_rate_falls
 def test_without_a_number_of_steps_it_passes_once_over_the_log():
     cfg = dataclasses.replace(CFG, steps=0)
     _, summary = learn(cfg)
-    written = sum(len(tokens) - n for tokens, n in past(60, share_of_liked)[0])
-    assert summary == dict(steps=8, tokens=written)  # 60 responses, eight an update
+    read_once = sum(len(tokens) for tokens, _ in past(60, share_of_liked)[0])
+    assert summary == dict(steps=8, tokens=read_once)  # 60 responses, eight an update
 
 
 def test_a_step_is_as_long_as_its_settings_allow():
@@ -477,41 +477,28 @@ def test_a_resumed_run_ends_with_the_very_same_weights(tmp_path):
 # --- the log of the past ---
 
 
-def lengths(tokens, prompt_len, mask):
-    return mask.sum(1).float()
-
-
 def test_scores_by_hand_have_mean_0_and_deviation_1():
-    rows = [([1] * (2 + n), 2) for n in (1, 2, 3, 6)]  # mean 3, squares 4, 1, 0, 9
-    found = score_log(lengths, rows, PAD, torch.device("cpu"), "float32")
+    found = standardise(torch.tensor([1.0, 2.0, 3.0, 6.0]))  # mean 3, squares 4, 1, 0, 9
     assert found == pytest.approx([x / 3.5**0.5 for x in (-2, -1, 0, 3)], abs=1e-7)
 
 
 def test_a_score_is_the_same_whoever_shares_its_batch():
     torch.manual_seed(0)
-    reward_model = ScalarGPT(TINY).double().eval()
+    score = by_model(ScalarGPT(TINY).double().eval())
     rows, _ = past(50, share_of_liked)
     assert len({len(tokens) for tokens, _ in rows}) > 3
-
-    def score(tokens, prompt_len, mask):
-        last = prompt_len + mask.sum(1) - 1
-        return reward_model(tokens)[torch.arange(len(tokens)), last]
-
-    cpu = torch.device("cpu")
-    whole = score_log(score, rows, PAD, cpu, "float32")
+    whole = standardise(score_rows(score, rows, PAD, "cpu", "float32"))
     assert max(whole) - min(whole) > 1
     for size in 1, 7:
-        found = score_log(score, rows, PAD, cpu, "float32", batch_size=size)
+        found = standardise(score_rows(score, rows, PAD, "cpu", "float32", batch_size=size))
         assert found == pytest.approx(whole, abs=1e-9)
 
 
 @pytest.mark.parametrize("n", [1, 7, 100, 5000])
 def test_equal_scores_are_0_and_not_noise_made_large(n):
     """The mean of equal float32 numbers misses them by a last digit, and so does the deviation."""
-    rows = [([1, 2], 1)] * n
     for score in 7.3, 0.1, -3.3:
-        same = lambda tokens, *_: torch.full((len(tokens),), score)  # noqa: B023, E731
-        assert score_log(same, rows, PAD, torch.device("cpu"), "float32") == [0.0] * n
+        assert standardise(torch.full((n,), score)) == [0.0] * n
 
 
 # --- the command ---
@@ -595,9 +582,9 @@ def test_before_and_after_are_answered_with_the_same_dice(workshop):
     sft, policy = (GPT.load(folder / "out" / stage) for stage in ("sft", "ilql"))
     tok, cfg = tokenizer.load(folder / "out" / "sft"), settings(folder, "none")
     prompts = [tok.encode(p) for p in environment.prompts(3)]
-    before = answer(sft, tok, prompts, cfg.max_new_tokens, seed=1)
+    before = generate_texts(sft, tok, prompts, cfg.max_new_tokens, seed=1)
     policy.beta.fill_(0.0)
-    assert answer(policy, tok, prompts, cfg.max_new_tokens, seed=1) == before
+    assert generate_texts(policy, tok, prompts, cfg.max_new_tokens, seed=1) == before
     assert [prompt for prompt, _ in before] == environment.prompts(3)
 
 
@@ -621,28 +608,43 @@ def test_other_settings_do_not_overwrite_a_run(workshop):
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_the_log_of_the_built_in_world_is_what_sft_says_to_its_prompts(workshop):
+def logged(cfg, patch):
+    """-> the rows that the stage learns from, and the prompts whose answers it shows"""
+    seen, train, texts = [], ilql.train, ilql.generate_texts
+    with patch.context() as patch:
+        patch.setattr(ilql, "train", lambda m, rows, *a: seen.append(rows) or train(m, rows, *a))
+        patch.setattr(
+            ilql,
+            "generate_texts",
+            lambda m, tok, prompts, *a, **k: seen.append(prompts) or texts(m, tok, prompts, *a, **k)
+        )  # fmt: skip
+        told(cfg)
+    rows, before, after = seen
+    assert before == after
+    return rows, before
+
+
+def test_the_log_of_the_built_in_world_is_what_sft_says_to_its_prompts(workshop, monkeypatch):
     folder, _ = workshop
-    sft, tok = GPT.load(folder / "out" / "sft"), tokenizer.load(folder / "out" / "sft")
-    rows, held_out = logged(sft, tok, settings(folder, "none"))
+    tok = tokenizer.load(folder / "out" / "sft")
+    rows, shown = logged(settings(folder, "watched"), monkeypatch)
     asked = [tok.decode(tokens[:n]) for tokens, n in rows]
     assert asked == [p for p in environment.prompts(6, seed=1) for _ in range(3)]
     assert all(1 <= len(tokens) - n <= 12 for tokens, n in rows)
     assert len({tuple(tokens) for tokens, _ in rows}) > 6  # three answers, not one three times
-    assert [tok.decode(p) for p in held_out] == environment.prompts(3, seed=1, held_out=True)
+    assert [tok.decode(p) for p in shown] == environment.prompts(3, seed=1, held_out=True)
 
 
-def test_the_log_of_a_file_of_preferences_is_both_sides_of_every_pair(workshop):
+def test_the_log_of_a_file_of_preferences_is_both_sides_of_every_pair(workshop, monkeypatch):
     folder, _ = workshop
-    sft, tok = GPT.load(folder / "out" / "sft"), tokenizer.load(folder / "out" / "sft")
-    cfg = settings(folder, "none", data=[str(folder / "mine.jsonl")])
-    with contextlib.redirect_stdout(io.StringIO()):
-        rows, held_out = logged(sft, tok, cfg)
+    tok = tokenizer.load(folder / "out" / "sft")
+    cfg = settings(folder, "watched-too", data=[str(folder / "mine.jsonl")])
+    rows, shown = logged(cfg, monkeypatch)
     train, kept_back = split(preferences(cfg.data)[0])
     exact = [(record["prompt"], record[k]) for record in train for k in ("chosen", "rejected")]
     assert [(tok.decode(t[:n]), tok.decode(t[n:-1])) for t, n in rows] == exact
     assert {t[-1] for t, _ in rows} == {tok.eos}
-    assert [tok.decode(p) for p in held_out] == [record["prompt"] for record in kept_back]
+    assert [tok.decode(p) for p in shown] == [record["prompt"] for record in kept_back[:3]]
 
 
 def test_preferences_can_come_from_a_file(workshop):
@@ -672,11 +674,17 @@ def test_it_can_be_scored_by_the_truth(workshop, monkeypatch):
 
 
 def test_evaluate_compares_it_with_sft(workshop, capsys):
+    """A large beta, so that three steps of training show in three digits."""
     folder, _ = workshop
-    policy, against = (str(folder / "out" / stage) for stage in ("ilql", "sft"))
+    told(cfg := settings(folder, "bold", beta=1000.0))
     evaluate.main(
         evaluate.EvaluateConfig(
-            policy, against, prompts=6, max_new_tokens=12, device="cpu", dtype="float32"
+            policy=cfg.out,
+            against=cfg.sft,
+            prompts=6,
+            max_new_tokens=12,
+            device="cpu",
+            dtype="float32",
         )
     )
     out = capsys.readouterr().out

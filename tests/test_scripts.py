@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from nanorlhf import reward, tokenizer
+import train_rm
+from nanorlhf import generate, reward, tokenizer
 from nanorlhf.model import GPT
 from nanorlhf.support.runlog import read
 
@@ -24,13 +26,13 @@ COMMANDS = {
 }
 
 
-def command(folder, words):
+def command(folder, words, **environment):
     """Run a command in a folder. -> status, standard output, standard error"""
     script, *flags = words.split()
     done = subprocess.run(
-        [sys.executable, ROOT / script, *flags],
+        [sys.executable, ROOT / script if script.endswith(".py") else script, *flags],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
     )
@@ -105,6 +107,96 @@ def test_the_screen_shows_something_human(workshop):
     assert "next: python train_rm.py" in printed["sft"]
     assert "next: python train_ppo.py" in printed["rm"]
     assert "win rate" in printed["ppo"]
+
+
+# --- did it help? ---
+
+EVALUATE = (
+    "-m nanorlhf.evaluate --policy out/ppo --against out/sft --prompts 8 --max-new-tokens 12"
+    " --device cpu --dtype float32 --overwrite"
+)
+
+
+def test_evaluate_says_of_a_finished_run_exactly_what_the_run_said(workshop):
+    """The same seed draws the same samples, so a reader can check a run after the fact."""
+    folder, _ = workshop
+    status, printed, errors = command(folder, EVALUATE + " --out out/evaluated")
+    assert status == 0, errors
+    ours, theirs = summary(folder, "evaluated"), summary(folder, "ppo")
+    for key in "win_rate", "win_rate_low", "win_rate_high":
+        assert ours[key] == theirs[key]
+    assert (ours["score_against"], ours["score_policy"], ours["kl_policy"]) == (
+        theirs["gold_before"], theirs["gold_after"], theirs["kl"])  # fmt: skip
+    assert ours["kl_against"] == 0 != theirs["kl"]  # or both would have read one model
+    assert "over 8 held-out prompts, by env" in printed
+    said = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
+    assert said["win"][1] == f"{theirs['win_rate']:.3f}"
+    assert said["kl"] == [f"{theirs['kl']:.3f}", "0.000"]
+    assert said["score"] == [f"{theirs[key]:.3f}" for key in ("gold_after", "gold_before")]
+
+
+def test_another_seed_draws_other_samples(workshop):
+    folder, _ = workshop
+    status, _, errors = command(folder, EVALUATE + " --seed 2 --out out/evaluated-2")
+    assert status == 0, errors
+    assert summary(folder, "evaluated-2")["score_policy"] != summary(folder, "ppo")["gold_after"]
+
+
+# --- what fits into memory ---
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_micro_batch_size_bounds_what_the_reward_model_samples_and_changes_no_result(
+    size, workshop, monkeypatch, capsys
+):
+    """It counts prompts: those of the comparisons have three responses, those held out two."""
+    sample, train = generate.generate, reward.train
+    sampled, learnt_from = [], []
+
+    def watched(model, prompts, limit, temperature, eos, pad, G, uniforms):
+        sampled.append((len(prompts), G))
+        return sample(model, prompts, limit, temperature, eos, pad, G, uniforms)
+
+    monkeypatch.setattr(generate, "generate", watched)
+    monkeypatch.setattr(
+        reward, "train", lambda m, groups, *a: learnt_from.append(groups) or train(m, groups, *a)
+    )
+    monkeypatch.chdir(workshop[0])
+    for name, micro_batch_size in ("whole", 0), ("parts", size):
+        sampled.clear()
+        train_rm.main(reward.RMConfig(
+            out=f"out/{name}-{size}", micro_batch_size=micro_batch_size, steps=3, prompts=6,
+            responses=3, held_out_prompts=8, max_new_tokens=12, device="cpu", dtype="float32",
+        ))  # fmt: skip
+        if not micro_batch_size:
+            assert sampled[:2] == [(6, 3), (8, 2)]  # all at once, and so are the 256 to normalise
+    assert {n for n, _ in sampled} == {size}
+    assert sum(n * G for n, G in sampled) == 6 * 3 + 8 * 2 + 256
+    assert learnt_from[0] == learnt_from[1]
+    whole, parts = (workshop[0] / "out" / f"{name}-{size}" for name in ("whole", "parts"))
+    ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (parts, whole))
+    same = {key: pytest.approx(x, rel=1e-4) for key, x in theirs.items() if key != "seconds"}
+    assert {key: x for key, x in ours.items() if key != "seconds"} == same
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    assert torch.allclose(*(reward.load(run)(tokens) for run in (parts, whole)), atol=1e-3)
+
+
+# --- a terminal that knows little ---
+
+
+def test_samples_that_a_terminal_cannot_show_do_not_end_a_run(tmp_path):
+    """A fox, a dash and an umlaut in the prompts, and what an untrained model writes."""
+    records = [dict(prompt=f"Erz\u00e4hl mir \u2013 \U0001f98a {n}:", response="So ist es.")
+               for n in range(40)]  # fmt: skip
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "fox.jsonl").write_text(lines, encoding="utf-8")
+    words = COMMANDS["sft"].replace("--steps 3", "--steps 1") + " --data fox.jsonl"
+    status, printed, errors = command(tmp_path, words, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert status == 0 and "Traceback" not in errors, errors
+    page = (tmp_path / "out" / "sft" / "samples.md").read_text(encoding="utf-8")
+    assert "Erz\u00e4hl mir \u2013 \U0001f98a" in page and "\ufffd" in page
+    assert printed.isascii() and "Erz?hl mir ? ?" in printed
+    assert "next: python train_rm.py" in printed  # it came to its end
 
 
 def test_the_same_command_can_be_run_again_and_gives_the_same(workshop):

@@ -44,7 +44,7 @@ def save(folder, architecture, config, tensors, **extra):
     """config: the fields of GPTConfig; extra goes into config.json as it is."""
     dropout = config.pop("dropout")
     config = dict(architectures=[architecture], model_type="gpt2", **GPT2, **config,
-                  embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=0.0, **extra)
+                  embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=0.0) | extra
     checkpoint.save(folder, config, {name: transposed(name, w).contiguous().cpu()
                                      for name, w in tensors.items()})
 
