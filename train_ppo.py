@@ -49,8 +49,7 @@ def main(cfg):
     log = RunLog(cfg.out, columns=COLUMNS, decode=tok.decode)
     summary = ppo.train(policy, reference, critic, score, prompts, tok.eos, tok.pad, cfg, log)
     parallel.finish()
-    policy.save(cfg.out, **tok.special)
-    tok.save(cfg.out)
+    policy.save(cfg.out, tok)
     if critic is not None:
         critic.save(f"{cfg.out}/critic", **tok.special)
 

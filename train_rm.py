@@ -47,8 +47,7 @@ def main(cfg):
     rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, dtype=cfg.dtype,
                          batch_size=cfg.micro_batch_size)
     mean, std = reward.normalise(model, rows, tok.pad, cfg.dtype)
-    model.save(cfg.out, **tok.special, reward_mean=mean, reward_std=std)
-    tok.save(cfg.out)
+    model.save(cfg.out, tok, reward_mean=mean, reward_std=std)
     summary = log.finish(**summary, **metrics)
     samples(cfg.out, *scored_pairs(model, tok, held_out[:3], cfg), ("chosen", "rejected"))
     curves(cfg.out, PANELS)

@@ -55,8 +55,7 @@ def main(cfg):
     summary = sft.train(model, rows, held_out_rows, tok.pad, cfg, log)
     parallel.finish()
 
-    model.save(cfg.out, **tok.special)
-    tok.save(cfg.out)
+    model.save(cfg.out, tok)
     summary = log.finish(**summary)
     samples(cfg.out, before, generate_texts(model, tok, prompts, length, seed=cfg.seed))
     curves(cfg.out, PANELS)

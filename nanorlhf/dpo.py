@@ -102,8 +102,7 @@ def main(cfg: DPOConfig):
     compile_trunks(cfg.compile, policy, reference)
     summary |= train(policy, reference, groups, tok.pad, cfg, log)
     parallel.finish()
-    policy.save(cfg.out, **tok.special)
-    tok.save(cfg.out)
+    policy.save(cfg.out, tok)
 
     score = implicit_reward(policy, reference, cfg.beta)
     s = log.finish(**summary, **reward.report(score, held_out, tok.pad, device, cfg.dtype)[0])

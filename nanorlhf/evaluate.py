@@ -4,11 +4,9 @@
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft --judge out/rm
     python -m nanorlhf.evaluate --judge choices.jsonl                  judged by people
 
-In: two models and a judge. Out: the share of prompts on which the first is preferred, with its 95 %
-interval, and beside it what a win may have cost: KL, length, diversity, perplexity.
-
-A file of choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are
-responses of the policy and of the model to beat, and choice is "first", "second" or "tie".
+Beside the win rate stands what it may have cost: KL, length, diversity, perplexity. A file of
+choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are responses
+of the policy and of the model to beat, and choice is "first", "second" or "tie".
 """
 import math
 from dataclasses import dataclass, field
@@ -73,8 +71,7 @@ def choices(path: str) -> tuple[list[float], list[float]]:
 def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> dict:
     """Both models answer the prompts; which is preferred, and what each is like. -> summary
 
-    judge: a score function (tokens, prompt_len, mask) -> (B,); the same cfg.seed gives the same
-    responses again
+    judge: a score function (tokens, prompt_len, mask) -> (B,). The same seed, the same responses.
     """
     room = policy.config.n_positions - cfg.max_new_tokens
     encoded = data.encode_prompts(prompts, tok, room, data.Counter())
@@ -91,8 +88,8 @@ def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> d
     return dict(win_rate=rate, win_rate_low=low, win_rate_high=high) | summary
 
 
-def held_out_prompts(files, n, seed):
-    """Prompts that no stage has trained on: of the files, or of the built-in world. -> texts"""
+def held_out_prompts(files: list[str], n: int, seed: int) -> list[str]:
+    """Prompts that no stage has trained on: of the files, or of the built-in world."""
     if not files:
         return environment.prompts(n, seed, held_out=True)
     records = [dict(prompt=prompt) for prompt in data.prompts(files)[0]]

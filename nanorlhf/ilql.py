@@ -161,8 +161,7 @@ def main(cfg: ILQLConfig):
     compile_trunks(cfg.compile, model)
     summary = train(model, rows, standardise(scores), tok.pad, cfg, log)
     parallel.finish()
-    model.save(cfg.out, **tok.special)
-    tok.save(cfg.out)
+    model.save(cfg.out, tok)
 
     seconds = log.finish(**summary)["seconds"]
     samples(cfg.out, *(generate_texts(policy, tok, shown, cfg.max_new_tokens, seed=cfg.seed)

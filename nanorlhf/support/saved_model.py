@@ -30,9 +30,12 @@ class SavedModel(nn.Module):
         return (f"{c.n_layer} layers x {c.n_embd}, {size / 1e6:.2f} M parameters, "
                 f"vocabulary {c.vocab_size:,}")
 
-    def save(self, folder, **extra):
-        """Write config.json and model.safetensors; extra goes into config.json."""
+    def save(self, folder, tok=None, **extra):
+        """Write config.json, with extra in it, model.safetensors, and the tokenizer's files."""
+        extra = (tok.special if tok else {}) | extra
         pretrained.save(folder, self.architecture, asdict(self.config), self.state_dict(), **extra)
+        if tok:
+            tok.save(folder)
 
     @classmethod
     def load(cls, folder, dropout=0.0, fresh_head=True):
