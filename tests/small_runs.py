@@ -4,7 +4,7 @@
                                         with a process id, and at its end with its exit status
 
 One process imports PyTorch and forks for every run: a kill then costs the run and nothing more.
-A run goes on from what its folder holds.
+A run continues from what its folder holds.
 """
 
 import copy

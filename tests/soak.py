@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from nanorlhf import environment, ppo, reward, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.support import data

@@ -229,11 +229,11 @@ def trained(seed):
 def test_everything_goes_on_where_it_was(tmp_path):
     parts = trained(seed=0)
     save_state(tmp_path, parts, step=7, kl_coef=0.05)
-    dice = torch.rand(3)
+    expected = torch.rand(3)
 
     others = trained(seed=1)  # of the same shape, with other weights and another rate
     assert load_state(tmp_path, others) == dict(step=7, kl_coef=0.05)
-    assert torch.rand(3).equal(dice)  # what would have been thrown next
+    assert torch.rand(3).equal(expected)  # what would have been drawn next
     assert same(others["model"].state_dict(), parts["model"].state_dict())
     assert others["optimizer"].param_groups[0]["lr"] == 0.1
     for w, old in zip(others["model"].parameters(), parts["model"].parameters(), strict=True):

@@ -50,7 +50,7 @@ class Config:
     data: list[str] = field(default_factory=list)  # files to read
     parts: list[str] = field(default_factory=lambda: ["a", "b"])  # of the score
     compile: bool = True  # fuse the model
-    resume: bool = False  # go on from the last saved state
+    resume: bool = False  # continue from the last save
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     seed: int = 0  # of everything random
 

@@ -22,7 +22,7 @@ class Config:
     data: list[str] = field(default_factory=list)  # files
     out: str = ""  # folder
     device: str = "auto"  # where
-    resume: bool = False  # go on
+    resume: bool = False  # continue
     overwrite: bool = False  # replace
 
 

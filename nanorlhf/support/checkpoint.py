@@ -48,9 +48,7 @@ def load(folder):
 
 def save_state(folder, parts, **numbers):
     """Write what resuming needs: parts ({name: model or optimizer}), numbers, the random state.
-
-    Raises UserError, and the save before stays, where a weight is not a finite number.
-    """
+    Raises UserError, and the save before stays, where a weight is not a finite number."""
     for name, part in parts.items():
         weights = part.parameters() if isinstance(part, torch.nn.Module) else ()
         if not all(w.isfinite().all() for w in weights):
@@ -64,9 +62,7 @@ def save_state(folder, parts, **numbers):
 
 def load_state(folder, parts):
     """Put the parts and the random state back where save_state found them. -> its numbers
-
-    Raises UserError where there is no save of these parts.
-    """
+    Raises UserError where there is no save of these parts."""
     path = Path(folder) / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # refuses to run code
@@ -131,9 +127,7 @@ def save_tensors(path, tensors):
 
 def load_tensors(path):
     """A safetensors file -> {name: tensor}. Its header is checked before any memory is taken.
-
-    Raises UserError where the file cannot be read, or its header and its length disagree.
-    """
+    Raises UserError where the file cannot be read, or is not as its header says."""
     tensors = {}
     try:
         with open(path, "rb") as file:

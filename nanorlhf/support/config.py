@@ -103,10 +103,9 @@ def run(main, cls):
 
 
 def out_of_memory(error):
-    """PyTorch has a type for it on a GPU, and on a CPU only words."""
-    words = "can't allocate memory", "not enough memory"  # Linux and macOS; Windows
-    kinds = MemoryError, torch.OutOfMemoryError
-    return isinstance(error, kinds) or any(w in str(error) for w in words)
+    """PyTorch has a type for it on a GPU, and on a CPU only words (of Unix, of Windows)."""
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or re.search("can't allocate memory|not enough memory", str(error)))
 
 
 def less_memory(cls):
@@ -119,9 +118,7 @@ def less_memory(cls):
 
 def parse(cls, argv=None):
     """An instance of the dataclass cls, filled from argv (the process's own words if None).
-
-    Raises UserError where a word is no flag, or a value is none that its field can have.
-    """
+    Raises UserError where a word is no flag, or a value is none that its field can have."""
     parser, words = make_parser(cls), sys.argv[1:] if argv is None else argv
     # --batch_size=my_file -> --batch-size=my_file
     words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
@@ -177,9 +174,7 @@ def make_parser(cls):
 
 def comments_beside_fields(cls):
     """{field: the comment beside it}, from the source: so --help and the source cannot disagree.
-
-    The fields of the class itself come first, then those of its base classes.
-    """
+    The fields of the class itself come first, then those of its base classes."""
     found = {}
     for base in filter(dataclasses.is_dataclass, cls.__mro__):
         source = textwrap.dedent(inspect.getsource(base))
@@ -192,14 +187,11 @@ def comments_beside_fields(cls):
 
 
 def setup(cfg):
-    """Seed everything that draws random numbers, and return the device that cfg.device names.
-
-    Where torchrun has started several processes, they meet here. Raises UserError where the seed is
-    out of range or the device is not there.
-    """
+    """Seed all that draws random numbers -> the device that cfg.device names, if it is there.
+    Several processes of torchrun meet here. Raises UserError where seed or device is no good."""
     if not 0 <= cfg.seed < 2**32:
         raise UserError(f"--seed: expected a number from 0 to 2**32 - 1, got {cfg.seed}")
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
+    for seed in random.seed, np.random.seed, torch.manual_seed:
         seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA: a 10-bit mantissa, and much faster
     device = find_device(cfg.device)

@@ -39,9 +39,7 @@ def rank():
 
 def start(device):
     """Meet the other processes that torchrun has started, if it has. Only the first one prints.
-
-    Raises UserError where there is no such device for each of them.
-    """
+    Raises UserError where there is no such device for each of them."""
     if not launched() or world_size() > 1:
         return
     if device.type == "cuda":
@@ -75,8 +73,8 @@ def local_rows(batch):
 def micro_batches(batch, size):
     """This process's rows of a global batch, `size` at a time (0: all), with dropout of its own.
 
-    After them all processes draw the same random numbers again, namely those that one process would
-    draw. Hence one process draws the seed as well, although it has no use for it.
+    Afterwards all processes draw the same random numbers again, and those that one process would:
+    that is why one process draws the seed as well, although it has no use for it.
     """
     rows, seed = local_rows(batch), torch.randint(2**62, ()).item() + rank()
     size = size or max(1, len(rows))

@@ -51,9 +51,7 @@ def save(folder, architecture, config, tensors, **extra):
 
 def load(folder):
     """A folder, or the name of a published model -> config (a dict), {name: tensor}
-
-    Raises UserError where the folder holds no model, or one that model.py would compute wrongly.
-    """
+    Raises UserError where there is no model, or one that model.py would compute wrongly."""
     if folder in PUBLISHED:
         folder = fetch(folder)
     config, tensors = checkpoint.load(folder)
@@ -162,8 +160,8 @@ def receive(answer, file, start):
     if answer.status != 206:  # a server that knows no ranges sends it all again
         start = file.seek(0)
     total = start + (answer.length or 0)
-    settings = dict(initial=start, desc="download", disable=None, leave=False)
-    with tqdm.wrapattr(answer, "read", total, **settings) as body:
+    with tqdm.wrapattr(answer, "read", total, initial=start, desc="download", disable=None,
+                       leave=False) as body:
         shutil.copyfileobj(body, file)
     if answer.length:  # what was announced and has not come
         raise OSError(f"the connection broke, {answer.length:,} bytes of {total:,} are missing")

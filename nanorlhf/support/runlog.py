@@ -32,9 +32,8 @@ BAD_BATCH = "bad_batch.jsonl"  # the rows of a step that went wrong
 
 
 def open_run(folder, cfg, resume=False, overwrite=False):
-    """Make the folder ready for a run with these settings. Raises UserError where it is not.
-
-    The same settings again replace the run, so that a command can be repeated as it is.
+    """Make the folder ready for a run with these settings. The same settings again replace the run,
+    so that a command can be repeated as it is. Raises UserError where other files are in the way.
     """
     parallel.first_alone(prepare, Path(folder), cfg, resume, overwrite)
 
@@ -95,9 +94,7 @@ class RunLog:
 
     def steps(self, start, stop):
         """start ... stop - 1, with a progress bar on a terminal.
-
-        After Ctrl-C the current step ends and is saved; a second Ctrl-C stops at once.
-        """
+        After Ctrl-C the current step ends and is saved; a second Ctrl-C stops at once."""
         if self.folder:  # a run that died has logged steps that were not saved and come again
             rows = read(self.folder) if start > 0 else []
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] < start]
@@ -114,9 +111,7 @@ class RunLog:
 
     def due(self, done, every):
         """Is it time to save, when `done` steps are done? If so, their log is safe on the disk.
-
-        It is after every so many steps, the last one and Ctrl-C; never without a folder.
-        """
+        It is after every so many steps, the last one and Ctrl-C; never without a folder."""
         self.stopping = any(parallel.all_gather(self.interrupted))  # all after the same step
         last = done - 1 == max(self.ends, default=None)
         if not self.folder or not (last or self.stopping or done % every == 0):
@@ -157,15 +152,14 @@ class RunLog:
         """Write the rows of a step that went wrong, and say where they and the last save are."""
         if not self.folder:
             return ""
-        records, path = [], self.folder / BAD_BATCH
+        lines, path = [], self.folder / BAD_BATCH
         for tokens, n in self.batch:
             tokens, n = [int(token) for token in tokens], int(n)
-            records.append(dict(tokens=tokens, prompt_len=n))
-            if self.decode:
-                records[-1] |= dict(prompt=self.decode(tokens[:n]),
-                                    response=self.decode(tokens[n:]))
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
-        return f"; the step's {len(records)} rows are in {path}, and {self.last_save()}"
+            texts = dict(prompt=tokens[:n], response=tokens[n:]) if self.decode else {}
+            texts = {name: self.decode(part) for name, part in texts.items()}
+            lines.append(json.dumps(dict(tokens=tokens, prompt_len=n, **texts)) + "\n")
+        write_whole(path, "".join(lines))
+        return f"; the step's {len(lines)} rows are in {path}, and {self.last_save()}"
 
     def finish(self, **summary):
         """Write summary.json: what is given, and the seconds since this RunLog was made."""
@@ -202,7 +196,7 @@ def rounded(name, value, where):
     if not isinstance(value, float):
         return value
     if not math.isfinite(value):
-        raise UserError(f"{name} is {value} {where}: a lower --learning-rate is the usual cure")
+        raise UserError(f"{name} is {value} {where}: a lower --learning-rate is the usual remedy")
     return float(f"{value:.6g}")
 
 
@@ -221,21 +215,18 @@ def read(folder):
     except (OSError, ValueError):
         raise UserError(f"expected the log of a run, {path}, and cannot read one") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    for n, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
             int(rows[-1]["step"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise UserError(f"{path}:{number}: expected JSON with a step, got {line[:40]!r}"
-                            ) from None
+            raise UserError(f"{path}:{n}: expected JSON with a step, got {line[:40]!r}") from None
     return rows
 
 
 def samples(folder, before, after, titles=("before", "after")):
     """Print the responses before and after, and keep them in samples.md.
-
-    before, after: lists of (prompt, response), both for the same prompts.
-    """
+    before, after: lists of (prompt, response), both for the same prompts."""
     titles = ("prompt", *titles)
     width = max(map(len, titles)) + 2
     page = ["# Samples\n"]
