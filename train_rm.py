@@ -9,7 +9,7 @@ from nanorlhf.generate import generate_rows
 from nanorlhf.model import ScalarGPT, load_policy
 from nanorlhf.support import data, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
-from nanorlhf.support.groups import from_files, pairs_in
+from nanorlhf.support.groups import from_files, pairs_in, score_rows
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -70,7 +70,7 @@ def scored_pairs(model, tok, groups, cfg):
     """Pairs to read: (prompt, response and its score), first the chosen, then the rejected."""
     sides = [], []
     for rows, [pair, *_] in groups:
-        scores = reward.score_rows(reward.by_model(model), rows, tok.pad, model.device, cfg.dtype)
+        scores = score_rows(reward.by_model(model), rows, tok.pad, model.device, cfg.dtype)
         for side, i in zip(sides, pair):
             tokens, n = rows[i]
             side.append((tok.decode(tokens[:n]), f"{tok.decode(tokens[n:])}  ({scores[i]:+.2f})"))

@@ -17,13 +17,14 @@ from nanorlhf import reward
 from nanorlhf.generate import generate_texts
 from nanorlhf.logprobs import masked, response_logprobs
 from nanorlhf.model import GPT, load_policy
-from nanorlhf.reward import accuracy_of, bradley_terry_loss
+from nanorlhf.reward import bradley_terry_loss
 from nanorlhf.support import loop, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.data import collate
 from nanorlhf.support.groups import flatten, from_files, pairs_in, prompts_of, rows_of
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
+from nanorlhf.support.stats import accuracy_of
 
 
 @dataclass

@@ -21,6 +21,7 @@ from nanorlhf.model import GPT, load_policy
 from nanorlhf.support import UserError, data
 from nanorlhf.support.config import ComputeConfig, autocast, run, setup
 from nanorlhf.support.data import collate, in_parts
+from nanorlhf.support.groups import score_rows
 from nanorlhf.support.runlog import RunLog, open_run
 from nanorlhf.support.stats import distinct, win_rate
 
@@ -79,7 +80,7 @@ def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> d
     for name, model in ("policy", policy), ("against", against):
         rows = generate_rows(model, encoded, cfg.max_new_tokens, tok.eos, tok.pad, cfg.temperature,
                              batch_size=cfg.micro_batch_size, dtype=cfg.dtype, rng=rng)
-        scores.append(reward.score_rows(judge, rows, tok.pad, model.device, cfg.dtype,
+        scores.append(score_rows(judge, rows, tok.pad, model.device, cfg.dtype,
                                         cfg.micro_batch_size or 64).tolist())
         metrics = describe(model, against, rows, tok, cfg)
         metrics = dict(score=sum(scores[-1]) / len(rows), **metrics)

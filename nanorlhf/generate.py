@@ -10,13 +10,26 @@ row, each row at its own position.
 The random numbers are drawn before anything else, one for each token of each response. So a
 response depends on the seed, and not on the rows that happen to share its batch or its process.
 """
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from nanorlhf.logprobs import response_tokens, tempered
 from nanorlhf.model import GPT, KVCache
 from nanorlhf.support import UserError, fast, parallel
-from nanorlhf.support.config import autocast
+from nanorlhf.support.config import TrainConfig, autocast
+
+
+@dataclass
+class SampleConfig(TrainConfig):
+    """What the stages that learn from samples of a policy have in common."""
+    sft: str = "out/sft"              # the model to start from
+    data: list[str] = field(default_factory=list)  # files; none: the built-in world
+    prompts: int = 3000               # prompts to sample responses to (built-in world)
+    responses: int = 4                # to each prompt
+    max_new_tokens: int = 80          # longest sampled response
+    steps: int = 0                    # updates; 0: one pass over the data
 
 
 @torch.no_grad()

@@ -11,36 +11,31 @@ logits. The heads read the frozen trunk of the SFT model, so the language model 
 A difference to the paper: its targets look one step ahead (`--lam 0` here). A reward at the very
 end then travels back one token a pass, and in one pass hardly leaves the last sentence.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nanorlhf import environment, reward
 from nanorlhf.advantages import gae
-from nanorlhf.generate import generate_rows, generate_texts
+from nanorlhf.generate import SampleConfig, generate_rows, generate_texts
 from nanorlhf.logprobs import masked_mean, response_tokens, response_window, token_logprobs
 from nanorlhf.model import QGPT, load_policy, wide
 from nanorlhf.support import fast, loop, parallel
-from nanorlhf.support.config import TrainConfig, compile_trunks, run, setup
+from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.data import collate
-from nanorlhf.support.groups import flatten, from_files, prompts_of
+from nanorlhf.support.groups import flatten, from_files, prompts_of, score_rows
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
+from nanorlhf.support.stats import standardise
 
 
 @dataclass
-class ILQLConfig(TrainConfig):
+class ILQLConfig(SampleConfig):
     """Learn from logged responses and their scores which tokens are worth writing."""
     out: str = "out/ilql"             # the run folder
-    sft: str = "out/sft"              # the language model; in the built-in world it writes the log
     rm: str = "out/rm"                # the reward model
     reward: str = "rm"                # score: rm, env (the true reward), or FILE.py:FUNCTION
-    data: list[str] = field(default_factory=list)  # files of preferences; none: the built-in world
-    prompts: int = 3000               # prompts to sample responses to (built-in world)
-    responses: int = 4                # to each prompt
-    max_new_tokens: int = 80          # longest sampled response
-    steps: int = 0                    # updates; 0: one pass over the log
     batch_size: int = 32              # responses an update
     learning_rate: float = 3e-3       # peak, after the warm-up; falls in a straight line to zero
     tau: float = 0.7                  # V is this expectile of Q: 0.5 the mean, 1 the best
@@ -131,13 +126,6 @@ def follow(model: QGPT, polyak: float):
         target.lerp_(q, polyak)
 
 
-def standardise(scores: Tensor) -> list[float]:
-    """Shift and scale to mean 0 and deviation 1. In float64: in float32 the mean of equal scores
-    misses them by a last digit, and dividing by a deviation as small would make that about 1."""
-    scores = scores.double().cpu()
-    return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)).tolist()
-
-
 def main(cfg: ILQLConfig):
     device = setup(cfg)
     sft, tok = load_policy(cfg.sft, device)
@@ -152,7 +140,7 @@ def main(cfg: ILQLConfig):
                           for n, held_out in ((cfg.prompts, False), (3, True)))
         rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, G=cfg.responses,
                              batch_size=cfg.micro_batch_size, dtype=cfg.dtype)
-    scores = reward.score_rows(score, rows, tok.pad, device, cfg.dtype)
+    scores = score_rows(score, rows, tok.pad, device, cfg.dtype)
     print(f"log       {len(rows):,} responses, scored by {cfg.reward}")
 
     model = QGPT(sft.config).to(device)

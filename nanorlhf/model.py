@@ -160,15 +160,13 @@ def load_policy(folder: str, device) -> tuple[GPT, tokenizer.Tokenizer]:
 class ScalarGPT(SavedModel):
     """One number for each position, from all tokens up to it. tokens (B, T) -> (B, T)"""
     config_class, architecture = GPTConfig, "GPT2ForSequenceClassification"
+    settings = dict(num_labels=1)
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.transformer = Transformer(config)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         nn.init.normal_(self.score.weight, std=(config.n_embd + 1) ** -0.5)   # Stiennon et al. 2020
-
-    def save(self, folder, tok=None, **extra):
-        super().save(folder, tok, num_labels=1, **extra)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return wide(self.score(self.transformer(tokens)).squeeze(-1))
@@ -187,6 +185,8 @@ class QGPT(GPT):
     is the language model itself (Snell et al. 2022, section 5); beta is saved with the weights.
     """
     architecture = "QGPT"
+    # Not "gpt2": another library would load the trunk and leave the heads out without a word.
+    settings = dict(model_type="qgpt")
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -194,10 +194,6 @@ class QGPT(GPT):
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
         self.v = _value_head(config.n_embd, 1)
         self.register_buffer("beta", torch.ones(()))
-
-    def save(self, folder, tok=None, **extra):
-        # Not "gpt2": another library would load the trunk and leave the heads out without a word.
-        super().save(folder, tok, model_type="qgpt", **extra)
 
     def head(self, hidden: Tensor) -> Tensor:
         """log pi + beta (Q - V), up to a constant. hidden (..., C) -> logits (..., V)

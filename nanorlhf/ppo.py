@@ -12,14 +12,14 @@ sampling, as those tokens come from another distribution than the one that is sc
 """
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nanorlhf import advantages
-from nanorlhf.generate import generate_rows
+from nanorlhf.generate import SampleConfig, generate_rows
 from nanorlhf.logprobs import (
     kl_k1,
     kl_k3,
@@ -31,18 +31,16 @@ from nanorlhf.logprobs import (
     whiten,
 )
 from nanorlhf.support import UserError, loop, parallel
-from nanorlhf.support.config import TrainConfig, autocast
+from nanorlhf.support.config import autocast
 from nanorlhf.support.data import collate, in_parts
 
 
 @dataclass
-class PPOConfig(TrainConfig):
+class PPOConfig(SampleConfig):
     """Improve a model until a reward model, or any other score, prefers its responses."""
     out: str = "out/ppo"              # the run folder
-    sft: str = "out/sft"              # where the policy starts; also the reference
     rm: str = "out/rm"                # the reward model; the critic starts from it
     reward: str = "rm"                # score: rm, env (the true reward), or FILE.py:FUNCTION
-    data: list[str] = field(default_factory=list)  # files of prompts; none: the built-in world
     prompts: int = 4000               # distinct prompts to train on (built-in world)
     eval_prompts: int = 500           # held-out prompts for the win rate
     advantage: Literal["gae", "reinforce", "rloo", "grpo"] = "gae"  # all but gae need no critic
@@ -60,7 +58,6 @@ class PPOConfig(TrainConfig):
     clip: float = 0.2                 # past a ratio of 1 +- clip, a token's gradient stops
     value_clip: float = 0.2           # past the old value +- this, a value's gradient stops
     temperature: float = 1.0          # of sampling, and so of every log-prob
-    max_new_tokens: int = 80          # longest response
     no_end_penalty: float = 0.0       # subtracted from the score of a response that never ends
     warmup: int = 0                   # rounds over which the learning rates rise from zero
     save_every: int = 10              # rounds between saves that --resume continues from

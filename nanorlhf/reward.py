@@ -6,35 +6,28 @@ scaled so that the SFT model's own samples score mean 0 and standard deviation 1
 """
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanorlhf import environment, tokenizer
-from nanorlhf.generate import generate_rows
-from nanorlhf.logprobs import response_tokens
+from nanorlhf.generate import SampleConfig, generate_rows
 from nanorlhf.model import GPT, ScalarGPT
 from nanorlhf.support import UserError, loop, user_code
-from nanorlhf.support.config import TrainConfig, autocast
 from nanorlhf.support.data import collate, in_parts
-from nanorlhf.support.groups import flatten, pairs_in, rows_of
-from nanorlhf.support.stats import interval
+from nanorlhf.support.groups import flatten, pairs_in, rows_of, score_rows
+from nanorlhf.support.stats import accuracy_of, interval
 
 
 @dataclass
-class ComparisonConfig(TrainConfig):
+class ComparisonConfig(SampleConfig):
     """The comparisons that reward models and DPO learn from."""
-    sft: str = "out/sft"              # the model to start from, whose samples are compared
-    data: list[str] = field(default_factory=list)  # files of preferences; none: the built-in world
-    prompts: int = 3000               # prompts to sample responses to (built-in world)
     responses: int = 4                # to each prompt; annotators compare every two of them
     annotator_temperature: float = 0.45  # of annotators: they err on about 13 % of pairs
     likes_length: float = 0.0         # bias of annotators: reward they add for each word
-    max_new_tokens: int = 80          # longest sampled response
     held_out_prompts: int = 1000      # prompts to measure on, one comparison each (built-in world)
-    steps: int = 0                    # updates; 0: one pass over the comparisons
     batch_size: int = 4               # prompts an update, with all their comparisons
     micro_batch_size: int = 0         # prompts in memory at once, same result; 0: no limit
     RANGES = dict(responses=(2, math.inf))
@@ -54,11 +47,6 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     Only differences count, so scores of two reward models cannot be compared. (B,), (B,) -> scalar
     """
     return -F.logsigmoid(chosen - rejected).mean()
-
-
-def accuracy_of(margin: Tensor) -> Tensor:
-    """Share of pairs whose chosen response scores higher; a tie is half right. (B,) -> scalar"""
-    return (1 + margin.sign()).mean() / 2
 
 
 def score(model: ScalarGPT, tokens: Tensor, prompt_len: Tensor, mask: Tensor) -> Tensor:
@@ -151,7 +139,7 @@ def score_function(cfg, tok, policy: GPT):
         return by_model(load_for(cfg.rm, policy, tok))
     if cfg.reward == "env":
         return true_reward(tok)
-    return by_text(user_code.load(cfg.reward), tok)
+    return user_code.by_text(user_code.load(cfg.reward), tok)
 
 
 def by_model(reward_model: ScalarGPT):
@@ -160,27 +148,7 @@ def by_model(reward_model: ScalarGPT):
 
 def true_reward(tok):
     """The built-in world's own judgement, which training never sees unless it is asked to."""
-    return by_text(lambda pairs: [environment.gold(*pair) for pair in pairs], tok)
-
-
-def by_text(function, tok):
-    """A function (list of (prompt, response) texts -> list of floats) as a score function."""
-    def scores(tokens, prompt_len, mask):
-        responses = response_tokens(tokens, prompt_len, mask.shape[1])
-        pairs = [(tok.decode(row[:n].tolist()), tok.decode(response[kept].tolist()))
-                 for row, n, response, kept in zip(tokens, prompt_len, responses, mask)]
-        return torch.tensor(user_code.call(function, pairs), device=tokens.device)
-    return scores
-
-
-@torch.no_grad()
-def score_rows(score, rows: list, pad: int, device, dtype: str, batch_size: int = 64) -> Tensor:
-    """score: a score function; rows: list of (tokens, prompt_len) -> (len(rows),)"""
-    scores = []
-    for part in in_parts(rows, batch_size):
-        with autocast(device, dtype):
-            scores.append(score(*collate(part, pad, device)))
-    return torch.cat(scores)
+    return user_code.by_text(lambda pairs: [environment.gold(*pair) for pair in pairs], tok)
 
 
 def load(folder: str) -> ScalarGPT:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanorlhf import environment, ppo, reward, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
-from nanorlhf.support import data
+from nanorlhf.support import data, user_code
 from nanorlhf.support.runlog import RunLog
 
 LIMIT = 2.0  # KB a step: a run of the default length would not notice, nor one a thousand times it
@@ -74,7 +74,7 @@ def soak(steps, folder):
         out=folder, steps=steps, batch_size=8, max_new_tokens=12, device="cpu", dtype="float32",
         save_every=50,
     )  # fmt: skip
-    score = reward.by_text(lambda pairs: [environment.gold(*pair) for pair in pairs], tok)
+    score = user_code.by_text(lambda pairs: [environment.gold(*pair) for pair in pairs], tok)
     prompts = data.encode_prompts(texts, tok, 80, data.Counter())
     log = Watch(folder, every=steps)
     ppo.train(

@@ -3,7 +3,10 @@
 A group is (rows, pairs): the rows (tokens, prompt_len) of one prompt, and pairs of indices into
 them, the chosen row first. All pairs of a prompt share a batch (Ouyang et al. 2022, section 3.5).
 """
+import torch
+
 from nanorlhf.support import data
+from nanorlhf.support.config import autocast
 
 
 def from_files(paths, tok, block_size):
@@ -46,3 +49,13 @@ def rows_of(group):
 def prompts_of(groups, longest):
     """The prompt of each group, without its beginning where it is too long. -> token lists"""
     return [tokens[:n][-longest:] for [(tokens, n), *_], _ in groups]
+
+
+@torch.no_grad()
+def score_rows(score, rows, pad, device, dtype, batch_size=64):
+    """score: a function (tokens, prompt_len, mask) -> (B,). -> the scores of all rows"""
+    scores = []
+    for part in data.in_parts(rows, batch_size):
+        with autocast(device, dtype):
+            scores.append(score(*data.collate(part, pad, device)))
+    return torch.cat(scores)

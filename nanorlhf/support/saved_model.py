@@ -15,6 +15,7 @@ class SavedModel(nn.Module):
 
     A subclass sets config_class, and the name of its architecture in config.json.
     """
+    settings = {}       # what else config.json says
     compiled = False    # by config.compile_trunks: then each new shape waits for the compiler
 
     def __init__(self, config):
@@ -32,7 +33,7 @@ class SavedModel(nn.Module):
 
     def save(self, folder, tok=None, **extra):
         """Write config.json, with extra in it, model.safetensors, and the tokenizer's files."""
-        extra = (tok.special if tok else {}) | extra
+        extra = self.settings | (tok.special if tok else {}) | extra
         pretrained.save(folder, self.architecture, asdict(self.config), self.state_dict(), **extra)
         if tok:
             tok.save(folder)

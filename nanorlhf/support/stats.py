@@ -21,3 +21,18 @@ def distinct(texts, n):
     everything (Li et al. 2016)."""
     grams = Counter(gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n))))
     return len(grams) / max(1, grams.total())
+
+
+def accuracy_of(margin):
+    """Share of pairs whose first score is higher; a tie is half right. (B,) -> scalar"""
+    return (1 + margin.sign()).mean() / 2
+
+
+def standardise(scores):
+    """Shift and scale a tensor to mean 0 and deviation 1. -> list of floats
+
+    In float64: in float32 the mean of equal scores misses them by a last digit, and dividing by a
+    deviation as small would make that about 1.
+    """
+    scores = scores.double().cpu()
+    return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)).tolist()

@@ -4,6 +4,8 @@ import math
 import traceback
 from pathlib import Path
 
+import torch
+
 from nanorlhf.support import UserError
 
 
@@ -18,6 +20,17 @@ def load(name):
     if not callable(getattr(module, function, None)):
         raise UserError(f"--reward: {path} has no function {function!r}")
     return getattr(module, function)
+
+
+def by_text(function, tok):
+    """A function (list of (prompt, response) texts -> list of floats) as a function of tensors,
+    (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,)"""
+    def scores(tokens, prompt_len, mask):
+        ends = (prompt_len + mask.sum(1)).tolist()
+        pairs = [(tok.decode(row[:start]), tok.decode(row[start:end]))
+                 for row, start, end in zip(tokens.tolist(), prompt_len.tolist(), ends)]
+        return torch.tensor(call(function, pairs), device=tokens.device)
+    return scores
 
 
 def call(function, pairs):
