@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import inspect
 import os
 import re
 from pathlib import Path
@@ -66,6 +67,20 @@ def test_its_outputs_are_committed(path):
         if "print" in called(cell.source):
             assert cell.outputs, f"nothing below {cell.source[-60:]!r}"
     assert any(pictures(cell) for cell in code)
+
+
+@each_notebook
+def test_the_source_that_it_shows_is_what_runs_today(path):
+    names, shown = {}, 0
+    for cell in cells(path, "code"):
+        tree = ast.walk(ast.parse(cell.source))
+        imports = [node for node in tree if isinstance(node, (ast.Import, ast.ImportFrom))]
+        exec("\n".join(map(ast.unparse, imports)), names)
+        printed = "".join(output.get("text", "") for output in cell.outputs)
+        for name in re.findall(r"getsource\(([\w.]+)\)", cell.source):
+            assert inspect.getsource(eval(name, names)) in printed, f"run it again: {name} is new"
+            shown += 1
+    assert shown > 5
 
 
 @each_notebook
