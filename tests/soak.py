@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanorlhf import environment, ppo, reward, tokenizer
+from nanorlhf import environment, ppo, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.support import data, user_code
 from nanorlhf.support.runlog import RunLog
