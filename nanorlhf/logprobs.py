@@ -22,8 +22,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """Scale x to variance 1 over the mask, and shift it to mean 0 unless told to keep the mean.
 
-    Moments over the mask of the whole batch, biased variance. (B, R), (B, R) -> (B, R), 0 off the
-    mask
+    Moments over the mask of the whole batch, biased variance. (B, R) twice -> (B, R), 0 off mask
     """
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
@@ -50,8 +49,7 @@ def response_tokens(tokens: Tensor, prompt_len: Tensor, R: int) -> Tensor:
 def tempered(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits divided by the temperature, in float32 or better. (..., V) -> (..., V)
 
-    The sampler and the scorer both call this, and nothing else divides. So what is sampled at
-    temperature 0.7 is also scored at 0.7.
+    Sampler and scorer both call this, so what is sampled at temperature 0.7 is scored at 0.7.
     """
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: raise the probability of responses that somebody wrote.
 
-The loss is the cross-entropy of the response, the end token included (Ouyang et al. 2022, section
-3.5). A record that is plain text has no prompt, so every one of its tokens is trained on:
-pretraining is this same file. In: a GPT and rows (tokens, prompt_len). Out: the GPT, better.
+The loss is the cross-entropy of the response, end token included (Ouyang et al. 2022, section 3.5).
+Plain text has no prompt, so all of its tokens are trained on: that is pretraining.
 """
 import math
 from dataclasses import dataclass, field
@@ -60,8 +59,7 @@ def train(model: GPT, rows: list, held_out: list, pad: int, cfg: SFTConfig, log)
             metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg)
         log.write(state["step"], **metrics)
     final = held_out_loss(model, held_out, pad, cfg)
-    return dict(loss=final, perplexity=math.exp(final), steps=state["step"],
-                tokens=state["tokens"])
+    return dict(loss=final, perplexity=math.exp(final), steps=state["step"], tokens=state["tokens"])
 
 
 def response_len(rows: list) -> int:
