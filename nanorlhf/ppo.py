@@ -114,12 +114,13 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
     #    pass as the update's, not from the sampler's, so that the ratio starts at exactly 1.
     size = cfg.micro_batch_size or math.ceil(len(rows) / cfg.minibatches)
     parts = in_parts(parallel.local_rows(torch.arange(len(rows))), size)
-    m = parallel.concatenate([measure(policy, reference, critic, score, *(x[part] for x in batch),
-                                      cfg) for part in parts], mask.device)
+    measured = parallel.concatenate(
+        [measure(policy, reference, critic, score, *(x[part] for x in batch), cfg)
+         for part in parts], mask.device)
 
     # 3. Reward: the score on the last token, and on every token the penalty for its KL.
-    kl = kl_k1(m["old_logprobs"], m["ref_logprobs"])                                       # (B, R)
-    scores = m["scores"] - cfg.no_end_penalty * ~ended
+    kl = kl_k1(measured["old_logprobs"], measured["ref_logprobs"])                         # (B, R)
+    scores = measured["scores"] - cfg.no_end_penalty * ~ended
     rewards = shape_rewards(scores, kl, mask, kl_coef)
 
     # 4. Compare with what was expected: of each token by the critic, or of the whole response by
@@ -130,10 +131,11 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
         A = advantages.of_responses(cfg.advantage, scores, penalty, cfg.responses)           # (B,)
         A, returns = A[:, None].expand_as(rewards), None
     else:
-        raw = advantages.gae(rewards, m["old_values"], mask, cfg.gamma, cfg.lam)           # (B, R)
-        A, returns = whiten(raw, mask), raw + m["old_values"]
+        values = measured["old_values"]
+        raw = advantages.gae(rewards, values, mask, cfg.gamma, cfg.lam)                    # (B, R)
+        A, returns = whiten(raw, mask), raw + values
     return Rollout(tokens, prompt_len, mask, ended, rewards=rewards, advantages=A, returns=returns,
-                   **m)
+                   **measured)
 
 
 def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
