@@ -14,11 +14,12 @@ import pytest
 import torch
 from scipy import stats
 
-from nanorlhf import UserError, environment, tokenizer
-from nanorlhf.evaluate import best_of_n, best_of_n_kl
-from nanorlhf.experiments import claims, overoptimise, study
+from nanorlhf import environment, reward, tokenizer
+from nanorlhf.experiments import claims, frontier, knobs, overoptimise, study
+from nanorlhf.experiments.frontier import best_of_n, best_of_n_kl
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
-from nanorlhf.support import plotting
+from nanorlhf.ppo import PPOConfig
+from nanorlhf.support import UserError, plotting
 
 # --- best of n ----------------------------------------------------------------------------------
 
@@ -115,9 +116,9 @@ def test_intervals_are_students(tmp_path):
     for n in range(2, 10):
         xs = [rng.gauss(0, 1) for _ in range(n)]
         low, high = stats.t.interval(0.95, n - 1, np.mean(xs), stats.sem(xs))
-        centre, half = study.mean_and_half(xs)
+        centre, half = study.mean_and_half_width(xs)
         assert (centre - half, centre + half) == pytest.approx((low, high), rel=0.01, abs=0.01)
-    assert math.isnan(study.mean_and_half([1.0])[1])
+    assert math.isnan(study.mean_and_half_width([1.0])[1])
 
 
 # --- the laws ------------------------------------------------------------------------------------
@@ -127,14 +128,14 @@ def test_intervals_are_students(tmp_path):
 def test_a_law_is_found_again_in_numbers_that_follow_it(name):
     kl, decline = np.linspace(0.5, 40, 30), overoptimise.LAWS[name]
     d = np.sqrt(kl)
-    a, b, r2 = overoptimise.law(kl, d * (1.5 - 0.4 * decline(d)), decline)
+    a, b, r2 = overoptimise.fit_law(kl, d * (1.5 - 0.4 * decline(d)), decline)
     assert (a, b, r2) == pytest.approx((1.5, 0.4, 1.0))
 
 
 def test_a_law_says_how_much_it_leaves_unexplained():
     kl = np.linspace(0.5, 40, 200)
     gain = np.random.default_rng(0).normal(size=200)  # no law at all
-    assert overoptimise.law(kl, gain, np.log)[2] < 0.1
+    assert overoptimise.fit_law(kl, gain, np.log)[2] < 0.1
 
 
 # --- from end to end -----------------------------------------------------------------------------
@@ -163,12 +164,12 @@ def config(start, tmp_path, **settings):
 def test_the_frontier_has_every_method_at_every_place_of_its_dial(start, tmp_path):
     flags = f"--sft {start}/sft --rm {start}/rm --out {tmp_path}/f --seeds 1 --prompts 4".split()
     flags += "--eval-prompts 2 --steps 1 --device cpu --dtype float32".split()
-    words = [sys.executable, "-m", "nanorlhf.evaluate", "frontier", *flags]
+    words = [sys.executable, "-m", "nanorlhf.experiments.frontier", *flags]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     rows = study.read_csv(tmp_path / "f" / "frontier.csv")
     assert list(rows[0]) == ["method", "dial", "seed", "kl", "gold", "win_rate"]
-    expected = {(m, float(dial)) for m, (_, dials) in study.FRONTIER.items() for dial in dials}
+    expected = {(m, float(dial)) for m, (_, dials) in frontier.METHODS.items() for dial in dials}
     assert {(row["method"], row["dial"]) for row in rows} == expected
     assert (tmp_path / "f" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     sft = next(row for row in rows if row["method"] == "sft")
@@ -176,7 +177,7 @@ def test_the_frontier_has_every_method_at_every_place_of_its_dial(start, tmp_pat
     assert all(0 <= row["win_rate"] <= 1 and math.isfinite(row["gold"]) for row in rows)
 
 
-def test_over_optimisation_follows_proxy_and_truth(start, tmp_path, monkeypatch, one_core):
+def test_over_optimisation_follows_score_and_true_reward(start, tmp_path, monkeypatch, one_core):
     monkeypatch.setattr(overoptimise, "LABELS", (6, 12))
     overoptimise.overoptimise(config(start, tmp_path, steps=5))
     rows = study.read_csv(tmp_path / "overoptimise.csv")
@@ -194,9 +195,19 @@ def test_over_optimisation_follows_proxy_and_truth(start, tmp_path, monkeypatch,
     assert GPT.load(tmp_path / "rm-12-0.1-1-ppo")
 
 
+def test_the_true_reward_of_a_round_stands_beside_the_score_of_the_same_round(
+    start, tmp_path, monkeypatch
+):
+    tok = tokenizer.load(start / "sft")
+    monkeypatch.setattr(reward, "score", lambda _, *batch: reward.true_reward(tok)(*batch))
+    rounds = overoptimise.follow_ppo(config(start, tmp_path, steps=3, rm=f"{start}/rm"), seed=1)
+    assert len(rounds) == 3 and len({row["gold"] for row in rounds}) == 3
+    assert all(row["proxy"] == pytest.approx(row["gold"]) for row in rounds)
+
+
 def test_every_knob_is_a_setting_of_ppo_and_its_default_lies_between():
-    for name, (down, up) in study.KNOBS.items():
-        default = getattr(study.ppo.PPOConfig, name)
+    for name, (down, up) in knobs.KNOBS.items():
+        default = getattr(PPOConfig, name)
         assert min(down, up) < default < max(down, up)
 
 
@@ -212,36 +223,41 @@ def test_a_cloud_joins_the_means_of_the_settings():
 
 @pytest.fixture
 def claimed(monkeypatch, tmp_path):
-    """Claims whose commands do nothing, and the summaries that they would have left."""
-    called = []
-    monkeypatch.setattr(claims, "call", called.append)
-    for folder, text in dict(a='{"x": 2.0, "y": 4.0}', b='{"x": 1.0}').items():
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "summary.json").write_text(text)
+    """Claims whose commands do nothing but leave summaries, and the commands that were called."""
+    called, summaries = [], dict(a='{"x": 2.0, "y": 4.0}', b='{"x": 1.0}')
+
+    def run_command(command):
+        called.append(command)
+        for folder, text in summaries.items():
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / "summary.json").write_text(text)
+
+    monkeypatch.setattr(claims, "run_command", run_command)
     monkeypatch.setattr(claims, "CLAIMS", [
         claims.Claim("half", "one {out}", "a", "x / y", low=0.4),
         claims.Claim("less", "one {out}", "a", "x - y", high=0.0),
         claims.Claim("one", "one {out} && two", "b", "x", low=0.9, high=1.1),
     ])  # fmt: skip
-    return called
+    return called, summaries
 
 
 def test_claims_are_compared_with_what_their_commands_leave(claimed, tmp_path, capsys):
-    claims.claims(study.StudyConfig(out=str(tmp_path)))
-    assert claimed == [f"one {tmp_path}", "two"]  # each command once
+    claims.main(claims.ClaimsConfig(out=str(tmp_path), seed=7, device="cpu"))
+    flags = "--seed 7 --device cpu --dtype auto --overwrite"
+    assert claimed[0] == [f"one {tmp_path} {flags}", f"two {flags}"]  # each command once
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["holds"] * 3
 
 
 def test_a_claim_that_no_longer_holds_is_named_and_ends_the_command(claimed, tmp_path, capsys):
-    (tmp_path / "b" / "summary.json").write_text('{"x": 0.5}')
+    claimed[1]["b"] = '{"x": 0.5}'
     with pytest.raises(UserError, match="1 of 3 claims no longer hold"):
-        claims.claims(study.StudyConfig(out=str(tmp_path)))
+        claims.main(claims.ClaimsConfig(out=str(tmp_path)))
     assert "FAILS one: x is 0.500" in capsys.readouterr().out
 
 
 def test_a_command_that_fails_is_named():
     with pytest.raises(UserError, match=r"python -c 'raise SystemExit\(3\)' ended with 3"):
-        claims.call("-c 'raise SystemExit(3)'")
+        claims.run_command("-c 'raise SystemExit(3)'")
 
 
 def test_every_claim_runs_a_command_that_the_repository_has():
