@@ -81,7 +81,7 @@ def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> d
         rows = generate_rows(model, encoded, cfg.max_new_tokens, tok.eos, tok.pad, cfg.temperature,
                              batch_size=cfg.micro_batch_size, dtype=cfg.dtype, rng=rng)
         scores.append(score_rows(judge, rows, tok.pad, model.device, cfg.dtype,
-                                        cfg.micro_batch_size or 64).tolist())
+                                 cfg.micro_batch_size or 64).tolist())
         metrics = describe(model, against, rows, tok, cfg)
         metrics = dict(score=sum(scores[-1]) / len(rows), **metrics)
         summary |= {f"{key}_{name}": x for key, x in metrics.items()}

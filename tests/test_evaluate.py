@@ -18,8 +18,9 @@ from nanorlhf.evaluate import (
 from nanorlhf.generate import generate_rows, generate_texts
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.reward import score_rows, true_reward
+from nanorlhf.reward import true_reward
 from nanorlhf.support import UserError, data
+from nanorlhf.support.groups import score_rows
 from nanorlhf.support.stats import distinct, win_rate
 
 CFG = EvaluateConfig(device="cpu", dtype="float32", max_new_tokens=12)

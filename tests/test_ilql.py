@@ -17,13 +17,15 @@ import transformers
 
 from nanorlhf import environment, evaluate, ilql, tokenizer
 from nanorlhf.generate import generate, generate_rows, generate_texts
-from nanorlhf.ilql import ILQLConfig, follow, losses, q_targets, standardise
+from nanorlhf.ilql import ILQLConfig, follow, losses, q_targets
 from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
-from nanorlhf.reward import by_model, score_rows
+from nanorlhf.reward import by_model
 from nanorlhf.support import UserError
 from nanorlhf.support.data import collate, preferences, split
+from nanorlhf.support.groups import score_rows
 from nanorlhf.support.runlog import RunLog, read
+from nanorlhf.support.stats import standardise
 
 TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
 LIKED, EOS, PAD = 3, 9, 11

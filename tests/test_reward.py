@@ -13,21 +13,19 @@ from nanorlhf import reward, tokenizer
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.reward import (
     RMConfig,
-    accuracy_of,
     bradley_terry_loss,
     by_model,
-    by_text,
     load_for,
     normalise,
     report,
     score,
-    score_rows,
 )
 from nanorlhf.support import UserError, loop, user_code
 from nanorlhf.support.data import collate
-from nanorlhf.support.groups import by_prompt, flatten
+from nanorlhf.support.groups import by_prompt, flatten, score_rows
 from nanorlhf.support.runlog import RunLog
-from nanorlhf.support.stats import interval
+from nanorlhf.support.stats import accuracy_of, interval
+from nanorlhf.support.user_code import by_text
 from train_rm import calibration
 
 TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
