@@ -399,7 +399,8 @@ MUTANTS = [
            "test_reward.py::test_the_score_is_read_at_the_last_response_token"),
     Mutant("a reward model that never sees the prompt", 1, "nanorlhf/reward.py",
            "last = prompt_len + mask.sum(1) - 1",
-           "tokens, last = response_tokens(tokens, prompt_len, mask.shape[1]), mask.sum(1) - 1",
+           "tokens, last = tokens.gather(1, (prompt_len[:, None] + torch.arange(mask.shape[1]))"
+           ".clamp(max=tokens.shape[1] - 1)), mask.sum(1) - 1",
            "test_reward.py::test_the_score_is_read_at_the_last_response_token"),
     Mutant("a reward model whose mean is not taken out", 10, "nanorlhf/reward.py",
            "    model.transformer.ln_f.bias -= mean * head / (head @ head)\n", "",
@@ -418,7 +419,7 @@ MUTANTS = [
            "lr=10 * cfg.learning_rate", "lr=cfg.learning_rate",
            "test_reward.py"
            "::test_the_rate_rises_and_then_falls_to_zero_and_the_heads_is_ten_times_as_high"),
-    Mutant("a tie that counts as wrong", 0, "nanorlhf/reward.py",
+    Mutant("a tie that counts as wrong", 0, "nanorlhf/support/stats.py",
            "(1 + margin.sign()).mean() / 2", "(margin > 0).to(margin.dtype).mean()",
            "test_reward.py::test_a_tie_is_half_right_by_hand"),
     Mutant("a tie that counts as wrong in the log of training", 0, "nanorlhf/reward.py",
@@ -510,7 +511,7 @@ MUTANTS = [
     Mutant("ILQL that resumes without its optimizer", 42, "nanorlhf/ilql.py",
            "loop.batches(pairs, parts, ", "loop.batches(pairs, dict(model=model), ",
            "test_ilql.py::test_a_resumed_run_ends_with_the_very_same_weights"),
-    Mutant("equal scores that become noise", 0, "nanorlhf/ilql.py",
+    Mutant("equal scores that become noise", 0, "nanorlhf/support/stats.py",
            "scores.double().cpu()", "scores.float().cpu()",
            "test_ilql.py::test_equal_scores_are_0_and_not_noise_made_large"),
     Mutant("a policy that takes the more hopeful head", 0, "nanorlhf/model.py",
@@ -522,7 +523,7 @@ MUTANTS = [
            "else name",
            "test_ilql.py::test_what_is_loaded_says_what_was_saved_its_beta_included"),
     Mutant("a tilted policy of which others open the trunk alone", 0, "nanorlhf/model.py",
-           'super().save(folder, model_type="qgpt", **extra)', "super().save(folder, **extra)",
+           'settings = dict(model_type="qgpt")', "settings = {}",
            "test_ilql.py::test_transformers_refuses_it_and_does_not_open_the_trunk_alone"),
 
     # --- PPO: collect ---
@@ -562,8 +563,8 @@ MUTANTS = [
            "test_generate.py::"
            "test_responses_to_one_prompt_share_its_pass_and_are_what_they_would_be_alone"),
     Mutant("k3 as the price", 34, "nanorlhf/ppo.py",
-           'kl = kl_k1(m["old_logprobs"], m["ref_logprobs"])',
-           'kl = kl_k3(m["old_logprobs"], m["ref_logprobs"])',
+           'kl = kl_k1(measured["old_logprobs"], measured["ref_logprobs"])',
+           'kl = kl_k3(measured["old_logprobs"], measured["ref_logprobs"])',
            "test_ppo.py::test_a_rollout_agrees_with_itself"),
     Mutant("a fine for responses that do end", 16, "nanorlhf/ppo.py",
            "cfg.no_end_penalty * ~ended", "cfg.no_end_penalty * ended",
@@ -581,11 +582,11 @@ MUTANTS = [
            "response_window(critic(tokens), prompt_len + 1, R)",
            "test_ppo.py::test_a_rollout_agrees_with_itself"),
     Mutant("returns from whitened advantages", 22, "nanorlhf/ppo.py",
-           'raw + m["old_values"]', 'whiten(raw, mask) + m["old_values"]',
+           "whiten(raw, mask), raw + values", "whiten(raw, mask), whiten(raw, mask) + values",
            "test_ppo.py::"
            "test_returns_are_raw_advantages_plus_values_and_whitening_leaves_them_alone"),
     Mutant("returns without the values", 22, "nanorlhf/ppo.py",
-           'raw + m["old_values"]', "raw",
+           "whiten(raw, mask), raw + values", "whiten(raw, mask), raw",
            "test_ppo.py::"
            "test_returns_are_raw_advantages_plus_values_and_whitening_leaves_them_alone"),
     Mutant("advantages that are not whitened", 23, "nanorlhf/ppo.py",
@@ -810,11 +811,16 @@ MUTANTS = [
            "(up_to ** n - below ** n) / tied", "up_to ** n / tied",
            "test_study.py::test_the_best_of_n_is_as_likely_as_all_draws_say"),
     Mutant("a study that makes again what it has", 0, "nanorlhf/experiments/study.py",
-           "if key not in made}", "}",
+           "if key not in done}", "}",
            "test_study.py::test_an_interrupted_study_makes_only_the_rows_that_are_missing"),
     Mutant("a law that grows where it should decline", 0, "nanorlhf/experiments/overoptimise.py",
            "-d * decline(d)", "d * decline(d)",
            "test_study.py::test_a_law_is_found_again_in_numbers_that_follow_it"),
+    Mutant("a true reward of other responses than the score", 0,
+           "nanorlhf/experiments/overoptimise.py",
+           "for row, n in self.batch]", "for row, n in [*self.batch][:2]]",
+           "test_study.py::"
+           "test_the_true_reward_of_a_round_stands_beside_the_score_of_the_same_round"),
 
     # --- several processes, and what goes wrong ---
     Mutant("processes that keep their gradients to themselves", 0, "nanorlhf/support/parallel.py",
