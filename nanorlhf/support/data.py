@@ -1,13 +1,6 @@
 r"""Reads files of text, demonstrations and preferences, and makes padded batches of them.
 
-    records, counts = preferences(paths)              counts: how many were left out, and why
-    train, held_out = split(records)                  no prompt is on both sides
-    rows = encode_pairs(train, tokenizer, block_size, counts)
-    batches = endless(rows, batch_size, seed)         epoch after epoch
-    tokens, prompt_len, mask = collate(rows, pad)     tensors
-
-Files are JSON Lines, plain or .gz: one JSON object, called a record, on each line. The keys tell
-what it is:
+Files are JSON Lines, plain or .gz: on each line one JSON object, a record, known by its keys:
 
     {"text"}                            plain text: a response without a prompt
     {"prompt", "response"}              a demonstration
@@ -17,9 +10,9 @@ what it is:
     {"messages"}                        a conversation; the last turn is the response
     {"prompt"}                          for prompts() only
 
-Each but text may be a list of {"role", "content"}, TRL's conversational form. A malformed line
-stops the run with an error that names it. A record that is well formed but of no use (a tie, an
-empty answer) is left out and counted.
+Each but text may be a list of {"role", "content"}, as in TRL. A malformed line stops the run with a
+UserError that names it; a record of no use (a tie, an empty answer) is left out and counted. A row
+is (tokens, prompt_len): those of prompt and response in one list, and how many are the prompt's.
 """
 import gzip
 import itertools
@@ -27,35 +20,30 @@ import json
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nanorlhf.support import UserError
 
 ASSISTANT = "\n\nAssistant:"
 SPEAKER = {"system": "", "user": "\n\nHuman: ", "assistant": ASSISTANT + " "}
-Paths = Iterable[str | Path]
-Row = tuple[list[int], int]  # the tokens of prompt and response, and the length of the prompt
-Pair = tuple[Row, Row]  # chosen, rejected
 
 
-def demonstrations(paths: Paths) -> tuple[list[dict], Counter]:
-    """-> list of {"prompt", "response"}, counts. Raises UserError for a malformed line."""
+def demonstrations(paths):
+    """-> list of {"prompt", "response"}, counts of what was kept and, by reason, left out"""
     kept, counts = collect(paths, 1, "an answer: text, messages, response, or chosen and rejected")
     return [{"prompt": prompt, "response": answer} for [(prompt, answer)] in kept], counts
 
 
-def preferences(paths: Paths) -> tuple[list[dict], Counter]:
-    """-> list of {"prompt", "chosen", "rejected"}, counts. Raises UserError likewise."""
+def preferences(paths):
+    """-> list of {"prompt", "chosen", "rejected"}, counts"""
     kept, counts = collect(paths, 2, "two answers: chosen and rejected, with or without a prompt")
     return [{"prompt": p, "chosen": c, "rejected": r} for (p, c), (_, r) in kept], counts
 
 
-def prompts(paths: Paths) -> tuple[list[str], Counter]:
-    """-> distinct prompts, in the order of the files, and counts. Raises UserError likewise."""
+def prompts(paths):
+    """-> distinct prompts, in the order of the files, and counts"""
     kept, counts = collect(paths, 0, "a prompt, messages, or chosen and rejected")
     distinct = list(dict.fromkeys(prompt for [(prompt, _)] in kept))
     counts["records"] = len(distinct)
@@ -64,17 +52,20 @@ def prompts(paths: Paths) -> tuple[list[str], Counter]:
 
 
 def collect(paths, answers, expected):
-    """Records that must have 0, 1 or 2 answers -> the (prompt, answer) pairs of each, counts."""
+    """Records that must have 0, 1 or 2 answers -> list of their (prompt, answer) pairs, counts"""
     kept, counts = [], Counter()
     for path in paths:
         for where, fields in read_json_lines(path):
-            pairs = dialogues(fields, where)[: max(1, answers)]
-            missing = answers and None in [answer for _, answer in pairs]
-            if missing or len(pairs) < max(1, answers):
-                keys = ", ".join(fields) or "(none)"
-                raise UserError(f"{where}: expected {expected}; came the keys {keys}")
-            if problem := flaw(pairs, answers):
-                counts[problem] += 1
+            pairs = dialogues(fields, where)[: answers or 1]
+            texts = [answer if answers else prompt for prompt, answer in pairs]
+            if len(texts) < (answers or 1) or None in texts:
+                raise UserError(f"{where}: expected {expected}; came the keys {[*fields]}")
+            if len({prompt for prompt, _ in pairs}) > 1:
+                counts["forks"] += 1  # answers to different prompts cannot be compared
+            elif len(texts) > len(set(texts)):
+                counts["ties"] += 1
+            elif not all(map(str.strip, texts)):
+                counts["empty answers" if answers else "empty prompts"] += 1
             else:
                 kept.append(pairs)
     counts["records"] = len(kept)
@@ -84,41 +75,18 @@ def collect(paths, answers, expected):
     return kept, counts
 
 
-def flaw(pairs, answers):
-    """What makes a record useless, or None."""
-    (prompt, first), (last_prompt, last) = pairs[0], pairs[-1]
-    if prompt != last_prompt:
-        return "forks"  # answers to different prompts cannot be compared
-    if len(pairs) == 2 and first == last:
-        return "ties"
-    if answers:
-        return None if first.strip() and last.strip() else "empty answers"
-    return None if prompt.strip() else "empty prompts"
-
-
-def describe(counts: Counter) -> str:
-    """One line, such as: 6,240 records; left out: 34 ties, 1 fork; truncated: 411"""
-    texts = {name: f"{n:,} {name[:-1] if n == 1 else name}" for name, n in counts.items() if n}
-    line = texts.pop("records", "no records")
-    truncated = texts.pop("truncated", None)
-    if texts:
-        line += "; left out: " + ", ".join(texts.values())
-    return line + f"; truncated: {counts['truncated']:,}" if truncated else line
-
-
-def read_json_lines(path: str | Path, longest: int = 2**26) -> Iterator[tuple[str, dict]]:
-    """Yield ("path:line", object) for each line. The file is never in memory as a whole.
-
-    Raises UserError where the file cannot be read, or a line is no JSON object or is longer than
-    `longest` bytes.
-    """
+def read_json_lines(path, longest=2**26):
+    """Yield ("path:line", object). A line of over `longest` bytes is refused before its end."""
     number = 0
     try:
         with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as lines:
             # Lines of bytes end at \n only; lines of text would also end at a U+2028 in a string.
             for number, line in enumerate(iter(lambda: lines.readline(longest), b""), 1):
                 if line.strip():
-                    yield f"{path}:{number}", parse(line, f"{path}:{number}")
+                    yield f"{path}:{number}", {**json.loads(line.decode("utf-8-sig"))}
+    except (ValueError, TypeError, RecursionError) as error:  # not UTF-8, not JSON, or no object
+        expected, came = "JSON in UTF-8, an object", f"{line[:60]!r}: {error}"
+        raise UserError(f"{path}:{number}: expected {expected}; came {came}") from error
     except (OSError, EOFError, zlib.error) as error:  # no such file, or a .gz cut short or damaged
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{path}:{number + 1}: expected a file to read, came: {why}") from error
@@ -126,21 +94,8 @@ def read_json_lines(path: str | Path, longest: int = 2**26) -> Iterator[tuple[st
         raise UserError(f"{path}:1: expected one JSON object a line, came an empty file")
 
 
-def parse(line, where):
-    try:
-        fields = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 are a ValueError, too
-        raise UserError(f"{where}: expected JSON in UTF-8, came {line[:60]!r}: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}: expected a JSON object, came {type(fields).__name__}")
-    return fields
-
-
 def dialogues(fields, where):
-    """One line's object -> list of (prompt, answer): two for a preference, chosen first, else one.
-
-    The answer is None where there is only a prompt. The list is empty if no key is known.
-    """
+    """A record -> list of (prompt, answer): chosen and rejected, or one; [] if no key is known."""
     if fields.keys() >= {"chosen", "rejected"}:
         keys = ["chosen", "rejected"]
     elif fields.keys() >= {"prompt", "response"}:
@@ -151,115 +106,93 @@ def dialogues(fields, where):
 
 
 def dialogue(fields, key, where):
-    """(prompt, answer), where the answer, or the whole conversation, is under this key."""
+    """-> prompt, and the answer, which stands under this key; None if there is only a prompt"""
     if isinstance(fields[key], list):
-        before = turns(fields, "prompt", where) if "prompt" in fields and key != "prompt" else []
-        messages = before + turns(fields, key, where)
-        if messages[-1]["role"] != "assistant":
-            return render(messages), None
-        return render(messages[:-1]), " " + messages[-1]["content"]
+        before = fields.get("prompt", []) if key != "prompt" else []
+        return conversation((before if isinstance(before, list) else [before]) + fields[key], where)
     text = string(fields, key, where)
-    if key == "prompt":
-        return text, None
-    if key == "text":
-        return "", text
+    if key in ("text", "prompt"):
+        return ("", text) if key == "text" else (text, None)
     if "prompt" in fields:
         return string(fields, "prompt", where), text
-    # An answer may go on to speak for the human ("\n\nHuman:", twice in HH). It is kept so: this is
-    # a fault that a reward model should learn to reject.
+    # An answer that goes on to speak for the human (twice in HH) is kept so: a fault to be learnt.
     prompt, mark, answer = text.rpartition(ASSISTANT)
     if not mark:
         raise UserError(f"{where}: expected {ASSISTANT!r} in {key}, came {text[:60]!r}")
     return prompt + mark, answer
 
 
-def turns(fields, key, where):
-    """The list of turns under this key, each of them checked."""
-    if not isinstance(fields[key], list) or not fields[key]:
-        raise UserError(f"{where}: expected {key} to be a list of turns, came {fields[key]!r:.60}")
-    for i, turn in enumerate(fields[key]):
-        roles = ("user", "assistant") if i else ("user", "assistant", "system")
-        if not isinstance(turn, dict) or turn.get("role") not in roles or "content" not in turn:
-            expected = f"content and a role ({', '.join(roles)}) in turn {i + 1} of {key}"
+def conversation(turns, where):
+    """List of {"role", "content"} -> prompt, answer, as HH writes them; None if the user is last"""
+    for i, turn in enumerate(turns or [turns], 1):
+        roles = [*SPEAKER] if i == 1 else ["user", "assistant"]
+        if not isinstance(turn, dict) or turn.get("role") not in roles:
+            expected = f"turn {i} to have content and a role ({', '.join(roles)})"
             raise UserError(f"{where}: expected {expected}, came {turn!r:.60}")
-    return [turn | {"content": string(turn, "content", where)} for turn in fields[key]]
+    texts = [SPEAKER[turn["role"]] + string(turn, "content", where) for turn in turns]
+    answer = texts.pop().removeprefix(ASSISTANT) if turns[-1]["role"] == "assistant" else None
+    return "".join(texts) + ASSISTANT, answer
 
 
 def string(fields, key, where):
-    text = fields[key]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: expected {key} to be a string, came {type(text).__name__}")
+    if not isinstance(fields.get(key), str):
+        raise UserError(f"{where}: expected {key} to be a string, came {fields.get(key)!r:.60}")
     # JSON can spell half a surrogate pair. UTF-8 cannot, and printing it fails, so it becomes "?".
-    return text.encode("utf-8", "replace").decode()
+    return fields[key].encode("utf-8", "replace").decode()
 
 
-def render(messages):
-    """Turns in the form of HH, up to the point where the assistant speaks next."""
-    return "".join(SPEAKER[turn["role"]] + turn["content"] for turn in messages) + ASSISTANT
+def describe(counts):
+    """One line, such as: 6,240 records; left out: 34 ties, 1 fork; truncated: 411"""
+    texts = {name: f"{n:,} {name[:-1] if n == 1 else name}" for name, n in counts.items() if n}
+    line, truncated = texts.pop("records", "no records"), texts.pop("truncated", None)
+    if texts:
+        line += "; left out: " + ", ".join(texts.values())
+    return line + f"; truncated: {counts['truncated']:,}" if truncated else line
 
 
-def split(records: list[dict], fraction: float = 0.1) -> tuple[list[dict], list[dict]]:
-    """-> train, held_out: about this fraction of the prompts is held out.
-
-    The hash of a prompt decides, so it is on the same side in every file, order and stage. Raises
-    UserError where all prompts are the same.
-    """
-    # Plain text has no prompt: there the text decides.
+def split(records):
+    """-> train, held_out: about a tenth of the prompts, the same in every file, order and stage"""
+    # The hash of a prompt decides. Plain text has no prompt: there that of the text does.
     keys = [r["prompt"] or r.get("response") or r["chosen"] for r in records]
     hashes = [zlib.crc32(key.encode("utf-8", "replace")) for key in keys]
     if len(set(hashes)) < 2:
         raise UserError("expected two different prompts at least, one to hold out; came one")
-    limit = max(fraction * 2**32, min(hashes) + 1)  # one is held out, however few there are
+    limit = max(2**32 / 10, min(hashes) + 1)  # one is held out, however few there are
     train = [record for record, number in zip(records, hashes) if number >= limit]
     return train, [record for record, number in zip(records, hashes) if number < limit]
 
 
-def encode(records: list[dict], tokenizer, block_size: int, counts: Counter) -> list[Row]:
-    """Demonstrations -> rows of at most block_size tokens. The response ends with the end token.
-
-    Plain text has the end token for a prompt, as in GPT-2, and becomes as many rows as it needs.
-    """
+def encode(records, tokenizer, block_size, counts):
+    """Demonstrations -> rows. Plain text has the end token for a prompt, and any number of rows."""
     rows = []
     for record in records:
-        prompt = tokenizer.encode(record["prompt"])
-        response = [*tokenizer.encode(record["response"]), tokenizer.eos]
-        if prompt:
-            rows += fit(prompt, [response], block_size, counts)
-        else:
-            # A row begins with the last token of the row before: each token is predicted once.
-            tokens, starts = [tokenizer.eos, *response], range(0, len(response), block_size - 1)
+        if record["prompt"]:
+            rows += fit(record, ["response"], tokenizer, block_size, counts)
+        else:  # a row begins with the last token of the row before: each token is predicted once
+            tokens = [tokenizer.eos, *tokenizer.encode(record["response"]), tokenizer.eos]
+            starts = range(0, len(tokens) - 1, block_size - 1)
             rows += [(tokens[start : start + block_size], 1) for start in starts]
     return rows
 
 
-def encode_pairs(records: list[dict], tokenizer, block_size: int, counts: Counter) -> list[Pair]:
-    """Preferences -> (chosen, rejected) pairs of rows, both with the same prompt tokens."""
-    pairs = []
-    for record in records:
-        prompt = tokenizer.encode(record["prompt"]) or [tokenizer.eos]
-        answers = [[*tokenizer.encode(record[k]), tokenizer.eos] for k in ("chosen", "rejected")]
-        pairs.append(tuple(fit(prompt, answers, block_size, counts)))
-    return pairs
+def encode_pairs(records, tokenizer, block_size, counts):
+    """Preferences -> list of [chosen row, rejected row], both with the same prompt tokens"""
+    return [fit(r, ["chosen", "rejected"], tokenizer, block_size, counts) for r in records]
 
 
-def fit(prompt, responses, block_size, counts):
-    """One row for each response, all with the same prompt tokens, none longer than block_size.
-
-    The prompt is cut first, on its left. A response that is too long by itself is cut on its right
-    and so loses its end token: what is left of it has not ended.
-    """
+def fit(record, keys, tokenizer, block_size, counts):
+    """A row for each answer, of at most block_size tokens. The prompt is cut first, on its left."""
+    prompt = tokenizer.encode(record["prompt"]) or [tokenizer.eos]
+    responses = [[*tokenizer.encode(record[key]), tokenizer.eos] for key in keys]
+    # A response too long by itself is cut on its right, its end token too: it has not ended.
     kept = [response[: block_size - 1] for response in responses]
     room = block_size - max(map(len, kept))
     counts["truncated"] += kept != responses or len(prompt) > room
-    prompt = prompt[-room:]
-    return [(prompt + response, len(prompt)) for response in kept]
+    return [(prompt[-room:] + response, min(room, len(prompt))) for response in kept]
 
 
-def encode_prompts(prompts: list[str], tokenizer, longest: int, counts: Counter) -> list[list[int]]:
-    """-> tokens of each prompt. A long one is cut on its left, as the question is at its end.
-
-    Raises UserError where longest is below 1.
-    """
+def encode_prompts(prompts, tokenizer, longest, counts):
+    """-> tokens of each prompt. A long one is cut on its left, as the question is at its end."""
     if longest < 1:
         raise UserError(f"expected room for a prompt of one token at least, came {longest}")
     rows = [tokenizer.encode(prompt) or [tokenizer.eos] for prompt in prompts]
@@ -267,46 +200,32 @@ def encode_prompts(prompts: list[str], tokenizer, longest: int, counts: Counter)
     return [row[-longest:] for row in rows]
 
 
-def endless(rows: list, batch_size: int, seed: int, start: int = 0,
-            length: Callable = lambda row: len(row[0])) -> Iterator[list]:
-    """Yield batches of rows, epoch after epoch, without those before step `start`.
+def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
+    """Yield batches of rows, epoch after epoch, from step `start` on; a seed gives one order.
 
-    The order of an epoch depends only on the seed and its number, so a resumed run goes on as if it
-    had not stopped. Raises UserError where there are no rows, or batch_size is below 1.
+    Rows of similar length share a batch, to save on padding. If all rows were sorted at once, every
+    epoch would have the same batches, so only those of 32 batches are.
     """
     if not rows or batch_size < 1:
-        raise UserError(f"expected rows, and a batch size of at least 1; "
-                        f"came {len(rows)} rows and a batch size of {batch_size}")
+        came = f"{len(rows)} rows and a batch size of {batch_size}"
+        raise UserError(f"expected rows, and a batch size of at least 1; came {came}")
     for epoch in itertools.count():
-        batches = by_length(rows, batch_size, random.Random(f"{seed} {epoch}"), length)
-        for batch in batches[start:]:
-            yield [rows[i] for i in batch]
+        rng, batches = random.Random(f"{seed} {epoch}"), []
+        for window in in_parts(rng.sample(rows, len(rows)), 32 * batch_size):
+            batches += in_parts(sorted(window, key=length), batch_size)
+        rng.shuffle(batches)
+        yield from batches[start:]
         start = max(0, start - len(batches))
 
 
-def by_length(rows, batch_size, rng, length):
-    """Shuffled batches of indices. Rows of similar length are together, to save on padding.
-
-    If all rows were sorted at once, every epoch would have the same batches, so only 32 batches are
-    sorted at a time. rng is a random.Random, length a function of a row.
-    """
-    order = rng.sample(range(len(rows)), len(rows))
-    batches = []
-    for start in range(0, len(order), 32 * batch_size):
-        window = sorted(order[start : start + 32 * batch_size], key=lambda i: length(rows[i]))
-        batches += in_parts(window, batch_size)
-    rng.shuffle(batches)
-    return batches
-
-
-def in_parts(rows, size: int) -> Iterator:
-    """Yield `size` rows at a time, or all of them if size is 0. rows: a list or a tensor"""
+def in_parts(rows, size):
+    """Yield `size` rows of a list or tensor at a time, or all of them if size is 0."""
     size = size or max(1, len(rows))
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
-def collate(rows: list[Row], pad: int, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
+def collate(rows, pad, device="cpu"):
     """Rows -> tokens (B, T), prompt_len (B,), mask (B, R), which is True for response tokens."""
     T = max(len(tokens) for tokens, _ in rows)
     tokens = torch.tensor([tokens + [pad] * (T - len(tokens)) for tokens, _ in rows])
