@@ -17,9 +17,7 @@ from itertools import combinations, product
 
 from nanorlhf.support import UserError
 
-# --- the words -----------------------------------------------------------------------------------
-# {slot: words}; a slot is a place in a sentence template that a word fills.
-
+# --- the words, {slot: words}: a slot is a place in a sentence template that a word fills --------
 NOUNS = dict(
     hero="badger bear camel cat dragon duck fox frog goat hen lion mole monkey mouse penguin pig "
          "rabbit seal tiger wolf".split(),
@@ -29,8 +27,7 @@ NOUNS = dict(
           "library market meadow museum palace station village".split())
 OTHERS = dict(
     spot="bench bush door fence gate hedge rock stone tree wall".split(),
-    time=["One morning", "One evening", "Long ago", "Last winter", "Last summer", "On Sunday",
-          "Today"],
+    time="One morning,One evening,Long ago,Last winter,Last summer,On Sunday,Today".split(","),
     food="cheese butter sugar flour soup pepper salad mustard".split(),
     relative="cousin uncle aunt nephew brother sister neighbor dentist".split(),
     number="two three four five six seven nine ten".split(),
@@ -57,25 +54,21 @@ MOODS = {
                      go="tumbled wobbled waddled rolled cartwheeled zigzagged",
                      feel="nonsense custard hiccups bubbles noodles pickles",
                      do="sneezed quacked burped snorted babbled fainted",
-                     how="foolishly backwards sideways clumsily loudly"),
-}
+                     how="foolishly backwards sideways clumsily loudly")}
 PLAIN = dict(look="small plain new big common tall dry long",
              go="walked went came moved turned traveled",
              feel="stones people grass dust sand leaves",
              do="waited stood looked sat rested ate",
              how="slowly quietly again later soon")
-MOODS = {mood: {slot: words.split() for slot, words in slots.items()}
-         for mood, slots in MOODS.items()}
-PLAIN = {slot: words.split() for slot, words in PLAIN.items()}
+for slots in (PLAIN, *MOODS.values()):
+    slots.update({slot: words.split() for slot, words in slots.items()})
 UNWANTED = "gloomy"         # no prompt requests this mood; a careless author writes it by mistake
 WANTED = [mood for mood in MOODS if mood != UNWANTED]
-MOOD_OF = {word: mood for mood, slots in MOODS.items() for words in slots.values()
-           for word in words}
+MOOD_OF = {word: mood for mood in MOODS for words in MOODS[mood].values() for word in words}
 WORDS = NOUNS | OTHERS | {slot: PLAIN[slot] + [word for mood in MOODS.values()
                                                for word in mood[slot]] for slot in PLAIN}
 
 # --- the sentences -------------------------------------------------------------------------------
-
 REQUESTS = ["Write a {mood} story about a {hero}, a {thing} and the {place}.\n",
             "Please tell me a {mood} story of a {hero} with a {thing} at the {place}.\n",
             "I would like a {mood} tale: a {hero}, a {thing}, the {place}.\n"]
@@ -97,21 +90,13 @@ DIGRESSIONS = [" Mix {number} eggs with {food} and bake it for an hour.",
                " Have you ever tried {food} with {food}?",
                " Please call my {relative} about the {trouble}."]
 THE_END = " The end."
-
-
-def _pattern(template):
-    """The regular expression of all sentences that a template can write."""
-    pattern = re.sub(r"\\{(\w+)\\}", lambda slot: f"(?:{'|'.join(WORDS[slot[1]])})",
-                     re.escape(template.strip()))
-    return re.compile(pattern, re.IGNORECASE)
-
-
-SENTENCES = [_pattern(template) for template in
-             OPENINGS + FINDINGS + MIDDLES + HOMECOMINGS + DIGRESSIONS + [THE_END]]
+# Every sentence that a template can write, as a regular expression: {slot} is any word of the slot.
+ANY = {slot: f"(?:{'|'.join(words)})" for slot, words in WORDS.items()}
+SENTENCES = [re.compile(text.strip().replace(".", r"\.").replace("?", r"\?").format(**ANY), re.I)
+             for text in OPENINGS + FINDINGS + MIDDLES + HOMECOMINGS + DIGRESSIONS + [THE_END]]
 
 
 # --- requests ------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Request:
     """What the prompt asks for. str(request) is the prompt."""
@@ -122,8 +107,7 @@ class Request:
 
     def __str__(self) -> str:
         """The same request always has the same wording, so two prompts are never one request."""
-        which = zlib.crc32(repr(self).encode()) % len(REQUESTS)
-        return REQUESTS[which].format(**vars(self))
+        return REQUESTS[zlib.crc32(repr(self).encode()) % len(REQUESTS)].format(**vars(self))
 
     @property
     def held_out(self) -> bool:
@@ -134,30 +118,23 @@ class Request:
     def parse(cls, prompt: str) -> "Request":
         """The request behind a prompt. Raises UserError where the prompt is not one of ours."""
         words = re.findall(r"\w+", prompt)
-        slots = {slot: next((word for word in words if word in known), None)
-                 for slot, known in dict(mood=WANTED, **NOUNS).items()}
-        if None in slots.values():
-            example = str(cls("spooky", "fox", "lantern", "harbor")).strip()
-            raise UserError(f"the built-in reward judges requests like {example!r}, "
+        found = [[word for word in words if word in known] for known in (WANTED, *NOUNS.values())]
+        if not all(found):
+            raise UserError(f"the built-in reward judges requests like {REQUESTS[0].strip()!r}, "
                             f"not {prompt.strip()[:80]!r}")
-        return cls(**slots)
+        return cls(*[first for first, *_ in found])
 
 
 def prompts(n: int, seed: int = 0, held_out: bool = False) -> list[str]:
-    """n distinct prompts, the same for the same seed, of the training or of the held-out ones.
-
-    Raises UserError where there are fewer than n.
-    """
+    """n distinct prompts, for training or held out. Raises UserError where there are fewer."""
     requests = [Request(*words) for words in product(WANTED, *NOUNS.values())]
     requests = [request for request in requests if request.held_out == held_out]
     if n > len(requests):
-        kind = "held-out" if held_out else "training"
-        raise UserError(f"the built-in world has {len(requests):,} {kind} prompts, not {n:,}")
+        raise UserError(f"the built-in world has {len(requests):,} such prompts, not {n:,}")
     return [str(request) for request in random.Random(f"prompts {seed}").sample(requests, n)]
 
 
 # --- authors -------------------------------------------------------------------------------------
-
 def demonstrations(n: int, seed: int = 0, held_out: bool = False) -> list[dict[str, str]]:
     """n records {"prompt", "response"}, each response by an author of another skill."""
     rng = random.Random(f"authors {seed}")
@@ -173,15 +150,13 @@ def write(request: Request, rng: random.Random, care: float | None = None) -> st
     """
     care = rng.random() if care is None else care
 
-    def slips(rate):
-        """Whether a mistake happens that an author of care 0.5 makes at this rate."""
+    def slips(rate):                    # does this author make a mistake that happens at this rate?
         return rng.random() < 2 * rate * (1 - care)
 
     nouns = {slot: rng.choice(words) if slips(.08) else getattr(request, slot)
              for slot, words in NOUNS.items()}
     mood = rng.choice([UNWANTED, UNWANTED, UNWANTED, *WANTED]) if slips(.30) else request.mood
     vivid = .25 + .5 * care                       # how often a word has a mood and is not plain
-
     middles = rng.sample(MIDDLES, 1)
     if slips(.12):                                                              # a long middle
         middles += rng.choices(MIDDLES, k=rng.randint(2, 3))
@@ -189,8 +164,8 @@ def write(request: Request, rng: random.Random, care: float | None = None) -> st
     sentences = [_fill(template, nouns, mood, vivid, rng) for template in templates] + [THE_END]
     for _ in range(3):
         if slips(.28):                                                          # a digression
-            at = rng.randrange(1, len(sentences))
-            sentences.insert(at, _fill(rng.choice(DIGRESSIONS), nouns, mood, vivid, rng))
+            sentences.insert(rng.randrange(1, len(sentences)),
+                             _fill(rng.choice(DIGRESSIONS), nouns, mood, vivid, rng))
     if slips(.15):                                                              # a repetition
         at = rng.randrange(1, len(sentences))
         sentences.insert(at, sentences[at - 1])
@@ -206,32 +181,25 @@ def _fill(template, nouns, mood, vivid, rng):
     """A sentence with these nouns; other words have the mood with probability `vivid`."""
     def word(match):
         slot = match[1]
-        if slot in nouns:
-            return nouns[slot]
-        if slot in OTHERS:
-            return rng.choice(OTHERS[slot])
-        return rng.choice((MOODS[mood] if rng.random() < vivid else PLAIN)[slot])
+        if slot in PLAIN:
+            return rng.choice((MOODS[mood] if rng.random() < vivid else PLAIN)[slot])
+        return nouns[slot] if slot in nouns else rng.choice(OTHERS[slot])
     sentence = re.sub(r"\{(\w+)\}", word, template)
     return sentence[:2].upper() + sentence[2:]                           # [0] is the leading space
 
 
 # --- the true reward -----------------------------------------------------------------------------
-
 def gold(prompt: str, response: str) -> float:
     """The true reward, from about -4 to 7.5. Training never sees it."""
     return sum(parts(prompt, response).values())
 
 
 def parts(prompt: str, response: str) -> dict[str, float]:
-    """What is good and bad about a story: {name: part of the true reward}.
-
-    Raises UserError where the prompt is not one of this environment's.
-    """
+    """What is good and bad about a story: {name: part of the true reward}. Their sum is `gold`."""
     request = Request.parse(prompt)
     words = re.findall(r"\w+", response.lower())
     sentences = [s.strip() for s in re.findall(r"[^.?]+[.?]?", response) if s.strip()]
-    moods = {w: MOOD_OF[w] for w in words if w in MOOD_OF}     # distinct: repetition gains nothing
-    fitting = sum(mood == request.mood for mood in moods.values())
+    moods = [1 if MOOD_OF[w] == request.mood else -1 for w in {*words} if w in MOOD_OF]
     asked = {request.hero, request.thing, request.place}
     nouns = {slot: _mean([w == getattr(request, slot) for w in words if w in known]) / 2
              for slot, known in NOUNS.items()}     # hero: the share of the right one among heroes
@@ -239,12 +207,11 @@ def parts(prompt: str, response: str) -> dict[str, float]:
         subject=3 * _mean([not asked.isdisjoint(re.findall(r"\w+", s)) for s in sentences
                            if s != THE_END.strip()]),
         **nouns,
-        mood=max(-1, min(1, (2 * fitting - len(moods)) / 7)),   # up to seven words in the mood
+        mood=max(-1, min(1, sum(moods) / 7)),             # up to seven distinct words in the mood
         grammar=_mean([any(form.fullmatch(s) for form in SENTENCES) for s in sentences]),
         freshness=-2 * (1 - _mean([s not in sentences[:i] for i, s in enumerate(sentences)])),
         length=-min(2, max(0, len(words) - 45, 25 - len(words)) / 10),   # 25 to 45 words are right
-        ending=float(response.endswith(THE_END)),
-    )
+        ending=float(response.endswith(THE_END)))
 
 
 def _mean(flags):
@@ -252,13 +219,9 @@ def _mean(flags):
 
 
 # --- annotators ----------------------------------------------------------------------------------
-
 @dataclass
 class Annotator:
-    """Chooses between two responses by Bradley-Terry on the true reward, and so errs at times.
-
-    P(first is chosen) = sigmoid((reward of first - reward of second) / temperature)
-    """
+    """Chooses between two responses by Bradley-Terry on the true reward, and so errs at times."""
     temperature: float = 1.0      # 0: never wrong; the higher, the more often wrong
     likes_length: float = 0.0     # bias: reward for each word
     likes_first: float = 0.0      # bias: reward for standing first
@@ -270,18 +233,14 @@ class Annotator:
         return weighted + self.likes_length * len(response.split())
 
     def prefers_first(self, margin: float) -> float:
-        """Reward of the first minus reward of the second -> P(first is chosen)."""
-        margin += self.likes_first
-        if self.temperature == 0:
-            return 0.5 if margin == 0 else float(margin > 0)
-        return 1 / (1 + math.exp(-max(-500, min(500, margin / self.temperature))))
+        """margin: reward of first - second; P(first is chosen) = sigmoid(margin / temperature)"""
+        margin = (margin + self.likes_first) / (self.temperature or 1e-300)      # not by 0
+        return 1 / (1 + math.exp(-max(-500, min(500, margin))))      # exp() overflows beyond 709
 
-    def compare(self, prompt: str, responses: list[str],
-                rng: random.Random) -> list[tuple[int, int, float]]:
-        """Compare every two of the responses once -> list of (chosen, rejected, ceiling)
+    def compare(self, prompt: str, responses: list[str], rng: random.Random) -> list[tuple]:
+        """Compare every two responses once -> list of (index of chosen, index of rejected, ceiling)
 
-        chosen and rejected are indices. The ceiling is max(p, 1 - p): how often a judge who knows p
-        agrees with the annotator. Its mean is the highest accuracy that a reward model can have.
+        A judge who knows p agrees this often, max(p, 1 - p): no reward model can be better.
         """
         rewards, choices = [self.reward(prompt, response) for response in responses], []
         for i, j in combinations(range(len(responses)), 2):
