@@ -13,14 +13,9 @@ from matplotlib.text import Text
 
 from nanorlhf import UserError
 from nanorlhf.support import plotting
-from nanorlhf.support.plotting import (
-    COLOURS,
-    curves,
-    overlay,
-    plot_guess,
-    small_multiples,
-    strips,
-)
+from nanorlhf.support.plotting import COLOURS, curves, overlay, small_multiples
+from notebooks import drawing
+from notebooks.drawing import plot_guess, strips
 
 PNG = b"\x89PNG"
 
@@ -65,10 +60,10 @@ def test_curves_draws_what_the_log_has_and_leaves_out_the_rest(tmp_path, drawn):
 
 
 def test_a_name_has_its_colour_wherever_it_stands(tmp_path, drawn):
-    write_log(tmp_path, [dict(gold=1.0, score=1.0)])
-    curves(tmp_path, [("", "", ["gold", "score"]), ("", "", ["score", "gold"])])
+    write_log(tmp_path, [dict(kl=1.0, score=1.0)])
+    curves(tmp_path, [("", "", ["kl", "score"]), ("", "", ["score", "kl"])])
     colours = [{line.get_label(): line.get_color() for line in ax.lines} for ax in drawn[0].axes]
-    assert colours[0] == colours[1] == {name: COLOURS[name] for name in ("gold", "score")}
+    assert colours[0] == colours[1] == {name: COLOURS[name] for name in ("kl", "score")}
 
 
 def test_a_long_line_is_smoothed_without_bending_its_ends():
@@ -96,7 +91,7 @@ def test_curves_of_a_long_run_are_a_small_file(tmp_path):
 
 def test_a_log_that_is_cut_or_empty_is_drawn_and_one_that_is_missing_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "kl": 1.0}\n{"step": 1, "k')
-    assert plotting.history(tmp_path) == {"kl": ([0], [1.0])}
+    assert plotting.history(tmp_path) == {"kl": [(0, 1.0)]}
     (tmp_path / "log.jsonl").write_text("")
     assert curves(tmp_path, [("KL", "nats", ["kl"])]).read_bytes().startswith(PNG)
     with pytest.raises(UserError, match="nowhere.log.jsonl"):
@@ -125,10 +120,14 @@ def test_ten_runs_are_ten_lines(tmp_path, drawn, monkeypatch):
     assert [line.get_ydata()[0] for line in drawn[0].axes[0].lines] == list(range(10))
 
 
-def test_one_run_is_redrawn_in_its_own_folder(tmp_path, drawn):
-    write_log(tmp_path, [dict(kl=1.0)])
-    assert overlay([tmp_path]) == tmp_path / "curves.png"
-    assert drawn[0].axes[0].lines[0].get_color() == COLOURS["kl"]
+def test_the_command_redraws_one_run_in_its_own_folder(tmp_path, drawn, monkeypatch, capsys):
+    write_log(tmp_path, [dict(kl=1.0, grad_norm=2.0)])
+    monkeypatch.setattr(sys, "argv", ["plotting", str(tmp_path)])
+    plotting.main()
+    assert capsys.readouterr().out == f"{tmp_path / 'curves.png'}\n"
+    kl, grad_norm = drawn[0].axes
+    assert kl.lines[0].get_color() == COLOURS["kl"] and kl.get_legend() is None
+    assert grad_norm.get_title("left") == "grad norm"
 
 
 def test_the_command_says_what_is_missing_in_one_line(tmp_path, monkeypatch, capsys):
@@ -169,7 +168,7 @@ def test_a_strip_shows_every_token_and_every_number():
 def test_blue_is_above_zero_red_below_white_is_zero_and_grey_is_nothing():
     fig = token_strip(list("abcde"), dict(kl=[2.0, -2.0, 0.0, float("nan"), 1.0]))
     blue, red, white, grey, half = (cells(fig)[0, i] for i in range(5))
-    assert (blue, red, white, grey) == ("#2b6cb0", "#c8453b", "#fbfaf7", plotting.PALE)
+    assert (blue, red, white, grey) == ("#2b6cb0", "#c8453b", "#fbfaf7", drawing.PALE)
     assert to_rgba(blue)[0] < to_rgba(half)[0] < to_rgba(white)[0]
     assert "nan" not in words(fig)
 
@@ -190,7 +189,7 @@ def test_a_strip_of_any_length_stays_inside_the_picture(length):
     width, height = fig.get_size_inches() * 72
     spans = sorted((p.get_y(), p.get_x(), p.get_x() + p.get_width()) for p in fig.axes[0].patches)
     assert len(spans) == 4 * length and len(data) < 100_000
-    assert all(0 <= y < height - plotting.ROW and end < width for y, _, end in spans)
+    assert all(0 <= y < height - drawing.ROW and end < width for y, _, end in spans)
     for (y, _, end), (next_y, begin, _) in zip(spans, spans[1:], strict=False):
         assert next_y > y or begin >= end  # no cell lies on its neighbour
 
