@@ -824,19 +824,19 @@ MUTANTS = [
 
     # --- several processes, and what goes wrong ---
     Mutant("processes that keep their gradients to themselves", 0, "nanorlhf/support/parallel.py",
-           "dist.all_reduce(flat)", "pass",
+           "exchange(dist.all_reduce, p.grad)", "pass",
            "test_parallel.py::test_two_processes_learn_what_one_does"),
     Mutant("processes that all drop the same units", 0, "nanorlhf/support/parallel.py",
-           ".item() + rank()", ".item()",
+           "seed + rank()", "seed",
            "test_parallel.py::"
            "test_dropout_differs_from_process_to_process_and_what_is_common_stays_common"),
     Mutant("processes that draw one number more than one process does", 0,
            "nanorlhf/support/parallel.py",
-           "torch.randint(2**62, ()).item() + rank()",
-           "(torch.randint(2**62, ()).item() if world_size() > 1 else 0) + rank()",
+           "torch.randint(2**62, ()).item()",
+           "torch.randint(2**62, ()).item() if world_size() > 1 else 0",
            "test_parallel.py::test_ppo_in_two_processes_learns_what_one_does"),
     Mutant("dropout that changes what all processes draw next", 0, "nanorlhf/support/parallel.py",
-           "    with torch.random.fork_rng(gpu):\n", "    if True:\n",
+           "    with torch.random.fork_rng(gpu, enabled=several):\n", "    if True:\n",
            "test_parallel.py::"
            "test_dropout_differs_from_process_to_process_and_what_is_common_stays_common"),
     Mutant("rows that are put together in another order", 0, "nanorlhf/support/parallel.py",
@@ -854,8 +854,8 @@ MUTANTS = [
 
     # --- the command line, and files of strangers ---
     Mutant("help that begins with what all commands share", 0, "nanorlhf/support/config.py",
-           "filter(dataclasses.is_dataclass, cls.__mro__)",
-           "filter(dataclasses.is_dataclass, cls.__mro__[::-1])",
+           "filter(is_dataclass, cls.__mro__)",
+           "filter(is_dataclass, cls.__mro__[::-1])",
            "test_config.py::"
            "test_help_shows_the_fields_of_the_class_first_and_every_comment_of_its_bases"),
     Mutant("a terminal that must know every character", 0, "nanorlhf/support/config.py",
@@ -863,7 +863,7 @@ MUTANTS = [
            "test_config.py::"
            "test_a_terminal_that_knows_only_ascii_shows_question_marks_and_no_traceback"),
     Mutant("a remedy that the command does not have", 0, "nanorlhf/support/config.py",
-           'if not hasattr(cls, "micro_batch_size"):', "if False:",
+           'if hasattr(cls, "micro_batch_size"):', "if True:",
            "test_config.py::test_out_of_memory_names_the_setting_only_of_a_command_that_has_it"),
     Mutant("a remedy that sampling does not heed", 0, "nanorlhf/ppo.py",
            "cfg.responses, cfg.micro_batch_size, cfg.dtype)", "cfg.responses, 0, cfg.dtype)",

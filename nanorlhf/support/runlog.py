@@ -35,7 +35,9 @@ def open_run(folder, cfg, resume=False, overwrite=False):
     """Make the folder ready for a run with these settings. The same settings again replace the run,
     so that a command can be repeated as it is. Raises UserError where other files are in the way.
     """
-    parallel.first_alone(prepare, Path(folder), cfg, resume, overwrite)
+    if parallel.rank() == 0:
+        prepare(Path(folder), cfg, resume, overwrite)
+    parallel.all_gather(None)  # the others wait for it; if it fails, they lose the first one
 
 
 def prepare(folder, cfg, resume, overwrite):
