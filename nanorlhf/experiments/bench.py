@@ -67,12 +67,12 @@ class Timed:
 def measure(cfg):
     """Time some rounds, then the limits of the machine. -> {name: number}"""
     device = setup(cfg)
-    dtype = precision(device, cfg.dtype)
     shape = GPTConfig(cfg.vocab, cfg.prompt + cfg.response, cfg.n_layer, cfg.n_head, cfg.n_embd)
     prompts = torch.randint(cfg.vocab, (cfg.batch, cfg.prompt)).tolist()
     times, peak = time_rounds(cfg, shape, prompts, device)
     sec, gen_sec, collect_sec, update_sec = (statistics.median(s[1:]) for s in times)
 
+    dtype = precision(device, cfg.dtype)
     flops, bandwidth = matmul_rate(device, dtype), copy_rate(device)
     policy = GPT(shape).to(device).eval()
     gaps = {f"{name}_{kind}": x for kind, dtypes in PRECISIONS.items()
@@ -142,23 +142,22 @@ def decode_bytes(cfg, policy, dtype):
 
 
 def matmul_rate(device, dtype, n=2048):
-    """Floating-point operations a second of a square matrix product."""
+    """Floating-point operations a second of a square matrix product, in the best of ten."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n ** 3 / fastest(torch.mm, a, b)
+    return 2 * n ** 3 / min(seconds_of_ten(torch.mm, a, b))
 
 
 def copy_rate(device, megabytes=256):
-    """Bytes a second, read and written, of a copy."""
+    """Bytes a second, read and written, in the best of ten copies."""
     a = torch.ones(megabytes * 2 ** 18, device=device)
-    return 2 * a.nbytes / fastest(torch.empty_like(a).copy_, a)
+    return 2 * a.nbytes / min(seconds_of_ten(torch.empty_like(a).copy_, a))
 
 
-def fastest(function, *args):
-    """Seconds of the fastest of ten calls."""
+def seconds_of_ten(function, *args):
     timed = Timed(function)
     for _ in range(10):
         timed(*args)
-    return min(timed.seconds)
+    return timed.seconds
 
 
 PRECISIONS = dict(float32=("float32", "float32"), bfloat16=("bfloat16", "bfloat16"),

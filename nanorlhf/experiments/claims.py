@@ -48,15 +48,13 @@ CLAIMS = [
     Claim("SFT learns the language", SFT, "sft", "perplexity", high=2.5),
     Claim("the reward model comes close to the accuracy that its annotators' errors allow", RM,
           "rm", "accuracy / accuracy_ceiling", low=0.92),
-    Claim("the reward model is better than a rule that looks at length alone", RM, "rm",
-          "accuracy_low - length_accuracy", low=0.0),
-    Claim("PPO's responses have a higher true reward than SFT's", PPO, "ppo", "win_rate_low",
-          low=0.75),
+    Claim("the reward model is better than a rule that looks at length alone", RM,
+          "rm", "accuracy_low - length_accuracy", low=0.0),
+    Claim("PPO beats SFT by the true reward", PPO, "ppo", "win_rate_low", low=0.75),
     Claim("PPO stays close to SFT", PPO, "ppo", "kl", high=15),
-    Claim("RLOO beats SFT without a critic", RLOO, "ppo-rloo", "win_rate_low", low=0.7),
-    Claim("DPO beats SFT without a reward model", DPO, "judged-dpo", "win_rate_low", low=0.7),
-    Claim("ILQL beats SFT, from logged responses alone", ILQL, "judged-ilql", "win_rate_low",
-          low=0.7),
+    Claim("RLOO beats SFT, without a critic", RLOO, "ppo-rloo", "win_rate_low", low=0.7),
+    Claim("DPO beats SFT, without a reward model", DPO, "judged-dpo", "win_rate_low", low=0.7),
+    Claim("ILQL beats SFT, from logged responses", ILQL, "judged-ilql", "win_rate_low", low=0.7),
 ]
 
 

@@ -23,6 +23,7 @@ from nanorlhf.model import QGPT, load_policy
 from nanorlhf.support import plotting
 from nanorlhf.support.config import setup
 from nanorlhf.support.runlog import RunLog
+from nanorlhf.support.stats import standardise
 
 
 @dataclass
@@ -44,7 +45,7 @@ def policy_gradient(cfg, seed, dial, **settings):
 
 
 def train_policy(cfg, seed, log, **settings):
-    """Train against the reward model in cfg.rm. -> policy, reference, tokenizer"""
+    """PPO's loop, with the score of the reward model in cfg.rm. -> policy, reference, tokenizer"""
     stage = ppo.PPOConfig(seed=seed, device=cfg.device, dtype=cfg.dtype, **settings)
     reference, tok = load_policy(cfg.sft, setup(stage))
     policy = copy.deepcopy(reference)
@@ -77,7 +78,7 @@ def run_ilql(cfg, seed, dial):
     scores = reward.score_rows(score, rows, tok.pad, reference.device, cfg.dtype)
     policy = QGPT(reference.config).to(reference.device)
     policy.transformer.load_state_dict(reference.transformer.state_dict())
-    ilql.train(policy, rows, ilql.standardise(scores), tok.pad, stage, RunLog())
+    ilql.train(policy, rows, standardise(scores), tok.pad, stage, RunLog())
     for beta in dial:
         policy.beta.fill_(beta)
         yield dict(dial=beta, **study.evaluate_policy(policy, reference, tok, cfg, seed))
