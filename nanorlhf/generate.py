@@ -37,7 +37,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
              eos: int | None = None, pad: int = 0, G: int = 1, uniforms: Tensor | None = None):
     """Sample G responses to each prompt; temperature 0 takes the likeliest token.
 
-    prompts: B / G token lists; uniforms (B, max_new_tokens): one number in [0, 1) for each token
+    prompts: B / G token lists; uniforms (B, max_new_tokens): one number in (0, 1] for each token
     -> tokens (B, P + R), prompt_len (B,), mask (B, R). The G responses to a prompt stand together.
 
     A row stops at the end token `eos`, which belongs to the response: choosing to stop is an action
@@ -70,8 +70,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
 
 
 def draw_uniforms(*shape: int, rng: torch.Generator | None = None) -> Tensor:
-    """The random numbers of all responses: float64, in [0, 1)."""
-    return torch.rand(*shape, dtype=torch.float64, generator=rng)
+    """The random numbers of all responses: float64, in (0, 1]."""
+    return 1 - torch.rand(*shape, dtype=torch.float64, generator=rng)
 
 
 def prefill(model: GPT, tokens: Tensor, prompt_len: Tensor, P: int, G: int):
@@ -116,17 +116,16 @@ def decode(model: GPT, cache: KVCache, hidden: Tensor, tokens: Tensor, prompt_le
 
 
 def sample(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
-    """One token a row: the first whose cumulative probability exceeds u.
+    """One token a row: the first whose cumulative probability reaches u.
 
-    logits (B, V), u (B, 1) in [0, 1) -> (B,). The sum is taken in the number format of u. Over
+    logits (B, V), u (B, 1) in (0, 1] -> (B,). The sum is taken in the number format of u. Over
     GPT-2's 50,257 tokens float32 is too coarse: most of them, with a probability of about 1e-4 in
-    all, would never be drawn.
+    all, would never be drawn. As u is above 0, no token of probability 0 is drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = tempered(logits, temperature).softmax(-1).cumsum(-1, dtype=u.dtype)
-    # 1 - u is in (0, 1]: the first token that reaches it never has probability 0.
-    return torch.searchsorted(cumulative, (1 - u) * cumulative[:, -1:]).squeeze(-1)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:]).squeeze(-1)
 
 
 def generate_rows(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, pad: int,
@@ -137,6 +136,8 @@ def generate_rows(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos
     batch_size: responses at once, 0: as many as is fast. Several processes share the work, and each
     of them gets all rows.
     """
+    if 0 < batch_size < G:
+        prompts, G = [prompt for prompt in prompts for _ in range(G)], 1
     longest = max(map(len, prompts)) + max_new_tokens
     n = max(1, (batch_size or fast.rows_that_fit(model.config, longest)) // G)   # prompts at once
     uniforms = draw_uniforms(len(prompts), G, max_new_tokens, rng=rng)

@@ -128,14 +128,13 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
     #    targets on another scale than its values.
     if critic is None:
         penalty = kl_coef * masked(kl, mask).sum(1)                                          # (B,)
-        A = advantages.of_responses(cfg.advantage, scores, penalty, cfg.responses)           # (B,)
-        A, returns = A[:, None].expand_as(rewards), None
+        raw = advantages.of_responses(cfg.advantage, scores, penalty, cfg.responses)         # (B,)
+        better = dict(advantages=raw[:, None].expand_as(rewards))
     else:
         values = measured["old_values"]
         raw = advantages.gae(rewards, values, mask, cfg.gamma, cfg.lam)                    # (B, R)
-        A, returns = whiten(raw, mask), raw + values
-    return Rollout(tokens, prompt_len, mask, ended, rewards=rewards, advantages=A, returns=returns,
-                   **measured)
+        better = dict(advantages=whiten(raw, mask), returns=raw + values)
+    return Rollout(tokens, prompt_len, mask, ended, rewards=rewards, **better, **measured)
 
 
 def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
@@ -189,8 +188,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 def update(policy, critic, optimizers: dict, rollout: Rollout, cfg: PPOConfig) -> dict:
     """A few epochs of gradient steps over one rollout. -> metrics, means over the steps
 
-    Raises RuntimeError if the ratio is not 1 at the first step, when nothing has changed: then the
-    sampler and the scorer differ, in temperature, dropout, or by one position.
+    Raises RuntimeError if the ratio was not 1 before the first step, when nothing had changed: then
+    sampler and scorer differ, in temperature, dropout, or by one position.
     """
     history = []
     for _ in range(cfg.epochs):
@@ -234,7 +233,7 @@ def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, 
     """Improve the policy, and with it the critic, in place; arguments as for collect. -> summary"""
     optimizers = make_optimizers(policy, critic, cfg)
     parts = dict(policy=policy, **optimizers) | ({} if critic is None else dict(critic=critic))
-    state = dict(step=0, tokens=0, kl_coef=cfg.kl_coef, score=0.0, kl=0.0)
+    state = dict(step=0, tokens=0, sampled=0, kl_coef=cfg.kl_coef, score=0.0, kl=0.0)
     reference.requires_grad_(False)
 
     for batch in loop.batches(prompts, parts, loop.linear, cfg, log, state,
@@ -244,13 +243,13 @@ def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, 
         rollout = collect(policy, reference, critic, score, batch, cfg, kl_coef, eos, pad)
         metrics = summarise(rollout) | update(policy, critic, optimizers, rollout, cfg)
 
-        tokens = rollout.mask.sum().item()
+        sampled = rollout.mask.sum().item()
         log.batch = zip(rollout.tokens, rollout.prompt_len)      # the prompts, with their responses
         log.write(state["step"], **metrics, kl_coef=kl_coef,
-                  tokens_per_s=tokens / (time.perf_counter() - began))
-        state |= dict(tokens=state["tokens"] + tokens, score=metrics["score"], kl=metrics["kl"],
+                  tokens_per_s=sampled / (time.perf_counter() - began))
+        state |= dict(sampled=state["sampled"] + sampled, score=metrics["score"], kl=metrics["kl"],
                       kl_coef=adapt(kl_coef, metrics["kl"], cfg))
-    return dict(steps=state["step"], tokens=state["tokens"], score=state["score"], kl=state["kl"])
+    return dict(steps=state["step"], tokens=state["sampled"], score=state["score"], kl=state["kl"])
 
 
 def make_optimizers(policy, critic, cfg: PPOConfig) -> dict:

@@ -275,8 +275,12 @@ MUTANTS = [
            "* cumulative[:, -1:]).squeeze", "* cumulative[:, -1:], right=True).squeeze",
            "test_generate.py::test_no_number_from_zero_to_one_leads_out_of_the_vocabulary"),
     Mutant("a sampler that draws the impossible", 0, "nanorlhf/generate.py",
-           "(1 - u) * cumulative", "u * cumulative",
-           "test_generate.py::test_a_token_of_probability_zero_is_never_drawn"),
+           "return 1 - torch.rand(", "return torch.rand(",
+           "test_generate.py::test_no_random_number_is_zero"),
+    Mutant("a limit of rows that a large group breaks", 0, "nanorlhf/generate.py",
+           "if 0 < batch_size < G:", "if False:",
+           "test_generate.py"
+           "::test_a_batch_has_as_many_rows_as_it_may_and_whole_groups_where_they_fit"),
     Mutant("a sampler that adds up in float32", 0, "nanorlhf/generate.py",
            ".cumsum(-1, dtype=u.dtype)", ".cumsum(-1).to(u.dtype)",
            "test_generate.py::"

@@ -36,7 +36,7 @@ def greedy_loop(model, prompt, max_new_tokens, eos=None):
 
 
 def numbers(B, R, rng=None):
-    return torch.rand(B, R, dtype=torch.float64, generator=rng)
+    return 1 - torch.rand(B, R, dtype=torch.float64, generator=rng)
 
 
 def responses(tokens, prompt_len, mask):
@@ -176,7 +176,7 @@ def test_whole_responses_come_up_as_often_as_their_logprobs_say(model, temperatu
         assert found[0] > 1e-3 and found[1] < 1e-6  # the test can tell
 
 
-NUMBERS = [0.0, 0.5, 1 - 2**-24, 1 - 2**-53]  # the last one is the float64 before 1
+NUMBERS = [1.0, 0.5, 2**-24, 2**-53]  # the last one is the smallest that is drawn
 
 
 @pytest.mark.parametrize("u", NUMBERS)
@@ -184,6 +184,11 @@ def test_a_token_of_probability_zero_is_never_drawn(u):
     impossible = float("-inf")
     logits = torch.tensor([[impossible, 1.0, impossible, 1.0, impossible]])
     assert sample(logits, 1.0, torch.tensor([[u]], dtype=torch.float64)).item() in (1, 3)
+
+
+def test_no_random_number_is_zero(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(shape))
+    assert (generate_module.draw_uniforms(2, 3) == 1).all()
 
 
 def test_no_number_from_zero_to_one_leads_out_of_the_vocabulary():
@@ -200,7 +205,7 @@ def seldom_tokens():
     logits[0, :1000] = 0
     until = logits[0].double().softmax(0).cumsum(0)
     late = torch.arange(50_000, 50_200)
-    return logits, late, 1 - (until[late] + until[late - 1])[:, None] / 2
+    return logits, late, (until[late] + until[late - 1])[:, None] / 2
 
 
 def test_a_token_less_likely_than_the_last_digit_of_float32_can_be_drawn():
@@ -223,7 +228,7 @@ def test_the_random_numbers_keep_all_their_digits_on_the_way_to_the_sampler(mode
     generate(model, [[1]] * 200, 5)
     generate_rows(model, [[1]] * 200, 5, EOS, PAD)
     for u in given:
-        assert u.shape == (200, 1) and u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
+        assert u.shape == (200, 1) and u.dtype == torch.float64 and 0 < u.min() and u.max() <= 1
         assert (u.float() != u).float().mean() > 0.9  # these have digits that float32 has not
     assert len(given) == 10
 
@@ -244,7 +249,7 @@ def test_the_same_seed_gives_the_same_responses(model):
 # --- any number of prompts ---
 
 
-@pytest.mark.parametrize("G", [1, 2])
+@pytest.mark.parametrize("G", [1, 2, 4])
 def test_how_the_prompts_are_split_into_batches_changes_no_response(model, G):
     uniforms = numbers(12 * G, 12, torch.Generator().manual_seed(5))
     batch = generate(model, PROMPTS * 3, 12, 0.9, EOS, PAD, G, uniforms)
@@ -257,8 +262,11 @@ def test_how_the_prompts_are_split_into_batches_changes_no_response(model, G):
         assert rows == drawn
 
 
-@pytest.mark.parametrize("G, batch_size, sizes", [(1, 5, [5, 5, 2]), (2, 5, [4] * 6), (1, 0, [12])])
-def test_a_batch_has_as_many_rows_as_it_may_and_whole_groups(
+@pytest.mark.parametrize(
+    "G, batch_size, sizes",
+    [(1, 5, [5, 5, 2]), (2, 5, [4] * 6), (1, 0, [12]), (4, 3, [3] * 16)],
+)
+def test_a_batch_has_as_many_rows_as_it_may_and_whole_groups_where_they_fit(
     model, monkeypatch, G, batch_size, sizes
 ):
     seen, real = [], GPT.head  # of the language head, which the prefill's ends come to first
