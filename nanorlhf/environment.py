@@ -4,64 +4,27 @@
     story    " One evening a crooked fox crept to the harbor. There the fox found a lantern full of
               whispers. The fox shivered and howled with the lantern. The end."
 
-Everything is made from a seed by the grammar below, and no file is read. The true reward (`gold`)
-is known: it is a sum of named parts. Training never sees it. Training sees demonstrations by
-authors who are often careless, and choices by annotators who are often wrong, at a known rate.
+Everything is made from a seed by the grammar below. The true reward (`gold`) is known: it is a sum
+of named parts. Training never sees it. Training sees demonstrations by authors who are often
+careless, and choices by annotators who are often wrong, at a known rate.
 """
+import json
 import math
 import random
 import re
 import zlib
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from pathlib import Path
 
 from nanorlhf.support import UserError
 
-# --- the words, {slot: words}: a slot is a place in a sentence template that a word fills --------
-NOUNS = dict(
-    hero="badger bear camel cat dragon duck fox frog goat hen lion mole monkey mouse penguin pig "
-         "rabbit seal tiger wolf".split(),
-    thing="balloon basket bell blanket broom candle clock crown drum feather flute kettle kite "
-          "lantern letter map mirror pillow sword trumpet".split(),
-    place="attic bakery barn beach bridge castle cave circus desert forest garden harbor island "
-          "library market meadow museum palace station village".split())
-OTHERS = dict(
-    spot="bench bush door fence gate hedge rock stone tree wall".split(),
-    time="One morning,One evening,Long ago,Last winter,Last summer,On Sunday,Today".split(","),
-    food="cheese butter sugar flour soup pepper salad mustard".split(),
-    relative="cousin uncle aunt nephew brother sister neighbor dentist".split(),
-    number="two three four five six seven nine ten".split(),
-    trouble="bills taxes parcels stairs meetings printers windows socks".split())
-
-# In these slots a word has a mood, or is plain. A story should have words of the requested mood.
-MOODS = {
-    "cheerful": dict(look="bright golden jolly merry sunny cozy happy lovely",
-                     go="danced skipped bounced twirled hopped sailed",
-                     feel="joy laughter delight sunshine music flowers",
-                     do="sang laughed cheered smiled giggled clapped",
-                     how="happily gladly cheerily brightly warmly"),
-    "gloomy":   dict(look="dreary lonely weary bleak gray rainy muddy sad",
-                     go="trudged plodded limped drifted shuffled sank",
-                     feel="sorrow regret silence tears rain mud",
-                     do="wept sighed sulked sobbed frowned moped",
-                     how="sadly wearily glumly bitterly coldly"),
-    "spooky":   dict(look="crooked haunted misty ghostly dark pale creaky shadowy",
-                     go="crept prowled slunk floated vanished glided",
-                     feel="shadows whispers ghosts cobwebs fog bones",
-                     do="shivered howled trembled moaned gasped shrieked",
-                     how="eerily fearfully darkly strangely silently"),
-    "silly":    dict(look="wobbly goofy dizzy loopy fuzzy floppy bouncy ticklish",
-                     go="tumbled wobbled waddled rolled cartwheeled zigzagged",
-                     feel="nonsense custard hiccups bubbles noodles pickles",
-                     do="sneezed quacked burped snorted babbled fainted",
-                     how="foolishly backwards sideways clumsily loudly")}
-PLAIN = dict(look="small plain new big common tall dry long",
-             go="walked went came moved turned traveled",
-             feel="stones people grass dust sand leaves",
-             do="waited stood looked sat rested ate",
-             how="slowly quietly again later soon")
-for slots in (PLAIN, *MOODS.values()):
-    slots.update({slot: words.split() for slot, words in slots.items()})
+# --- the words -----------------------------------------------------------------------------------
+# story_words.json says which words fill a slot, which is a place in a sentence template, such as
+# {hero}. In some slots a word has a mood, or is plain; a story should have words of the mood that
+# was requested. NOUNS, OTHERS, PLAIN: {slot: words}; MOODS: {mood: {slot: words}}
+NOUNS, OTHERS, MOODS, PLAIN = json.loads(
+    Path(__file__).with_name("story_words.json").read_text(encoding="utf-8")).values()
 UNWANTED = "gloomy"         # no prompt requests this mood; a careless author writes it by mistake
 WANTED = [mood for mood in MOODS if mood != UNWANTED]
 MOOD_OF = {word: mood for mood in MOODS for words in MOODS[mood].values() for word in words}
