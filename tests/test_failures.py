@@ -97,7 +97,7 @@ def test_weights_that_are_no_numbers_are_never_saved_over_good_ones(tmp_path):
     save_state(tmp_path, dict(model=model), step=1)
     with torch.no_grad():
         model.weight[1, 0] = float("inf")
-    with pytest.raises(UserError, match="the model has weights that are not finite numbers"):
+    with pytest.raises(UserError, match="weights of the model are not finite numbers"):
         save_state(tmp_path, dict(model=model), step=2)
     assert load_state(tmp_path, dict(model=model)) == dict(step=1)
 

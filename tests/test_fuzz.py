@@ -222,7 +222,8 @@ def test_a_log_and_settings(content):
         write(folder, **{"log.jsonl": content, "settings.json": content})
         read_or_refuse(lambda: runlog.read(folder), len(content) + 4096)
         read_or_refuse(lambda: list(runlog.RunLog(folder).steps(1, 2)), len(content) + 4096)
-        read_or_refuse(lambda: runlog.read_settings(Path(folder)), len(content) + 4096)
+        settings = Path(folder) / "settings.json"
+        read_or_refuse(lambda: checkpoint.read_json(settings, "no run"), len(content) + 4096)
 
 
 @given(content=damaged(FILES["state.pt"]))
@@ -268,7 +269,7 @@ def test_whatever_a_folder_says_nothing_outside_of_it_is_opened(tmp_path):
     tokenizer.load(inside)
     checkpoint.load_tensors(inside / "other")
     checkpoint.load_state(inside, dict(model=GPT(TINY)))
-    runlog.read_settings(inside)
+    checkpoint.read_json(inside / "settings.json", "no run")
     runlog.read(inside)
     mine = [path for path in opened if path.is_relative_to(tmp_path)]
     assert len(mine) >= 7 and all(path.parent == inside for path in mine)

@@ -158,7 +158,7 @@ def test_reading_tolerates_a_cut_last_line_and_no_other(tmp_path):
     path.write_text('{"step": 0}\n{"step": 1, "sc\n{"step": 2}\n')
     with pytest.raises(UserError, match="log.jsonl:2: expected JSON"):
         read(tmp_path)
-    with pytest.raises(UserError, match="expected the log of a run"):
+    with pytest.raises(UserError, match="log.jsonl:1: expected JSON .*No such file"):
         read(tmp_path / "nowhere")
 
 
@@ -181,7 +181,7 @@ def test_a_crash_while_writing_leaves_the_old_summary(tmp_path, monkeypatch):
 def test_samples_stand_beside_their_prompt_on_page_and_screen(tmp_path, capsys):
     samples(tmp_path, [("Say hi.", "oh\nno")], [("Say hi.", "")], ("SFT", "PPO"))
     page = (tmp_path / "samples.md").read_text()
-    assert "**SFT**\n\n```text\noh\nno\n```\n" in page and "(nothing)" in page
+    assert "**SFT**\n\n    oh\n    no\n\n" in page and "(nothing)" in page
     assert (
         capsys.readouterr().out == "prompt  Say hi.\nSFT     oh\n        no\nPPO     (nothing)\n\n"
     )
@@ -191,7 +191,7 @@ def test_no_response_can_break_out_of_its_block(tmp_path, capsys):
     hostile = "````\n# big\n<script>alert(1)</script>\r\x1b[2J\ud800\u2028| a |"
     samples(tmp_path, [("p", hostile)], [("p", "x")])
     page = (tmp_path / "samples.md").read_text(encoding="utf-8")
-    assert "`````text\n````\n# big\n<script>alert(1)</script>" in page and "| a |\n`````\n" in page
+    assert "\n    ````\n    # big\n    <script>alert(1)</script>" in page and "| a |\n\n" in page
     assert not {"\r", "\x1b", "\u2028"} & set(page + capsys.readouterr().out)
 
 
