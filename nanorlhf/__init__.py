@@ -9,8 +9,7 @@ Read in this order:
     dpo.py  ilql.py                      other losses that learn from the same data
     evaluate.py                          did it help?
 
-What any training program needs stands in support/, programs about all this in experiments/.
-
+What any training program needs is in support/; programs that measure all this are in experiments/.
 Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dimension key:
 
     B  sequences          V  vocabulary              S  cached positions
@@ -18,5 +17,3 @@ Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dim
     R  longest response   H  heads
     T  = P + R            D  = C / H, channels of a head
 """
-
-from nanorlhf.support import UserError  # noqa: F401

@@ -11,9 +11,8 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) ->
     mask: broadcastable to (B, H, T, S), True = may look; None: causal, each position sees itself
     and what stands before it
 
-    Every position must be allowed to see at least one, padding included: the softmax of a row of
-    -inf is NaN, and one NaN in the cache spoils every later layer. A causal mask always allows a
-    position to see itself, so flush-left sequences are safe.
+    Every position must see at least one, padding included: the softmax of a row of -inf is NaN, and
+    one NaN in the cache spoils every later layer. In a causal mask each position sees itself.
     """
     mask = causal_mask(q.shape[2], q.device) if mask is None else mask
     forbidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanorlhf import reward
 from nanorlhf.generate import generate_texts
-from nanorlhf.logprobs import masked, response_logprobs
+from nanorlhf.logprobs import whole_logprobs
 from nanorlhf.model import GPT, load_policy
 from nanorlhf.reward import bradley_terry_loss
 from nanorlhf.support import loop, parallel
@@ -44,11 +44,6 @@ def dpo_loss(chosen_logprobs: Tensor, rejected_logprobs: Tensor, ref_chosen_logp
     chosen = beta * (chosen_logprobs - ref_chosen_logprobs)
     rejected = beta * (rejected_logprobs - ref_rejected_logprobs)
     return bradley_terry_loss(chosen, rejected)
-
-
-def whole_logprobs(model: GPT, tokens: Tensor, prompt_len: Tensor, mask: Tensor) -> Tensor:
-    """Log-prob of each response, summed over its tokens. tokens (B, T), mask (B, R) -> (B,)"""
-    return masked(response_logprobs(model, tokens, prompt_len, mask.shape[1]), mask).sum(1)
 
 
 def loss_of(policy: GPT, reference: GPT, groups: list, pad: int, beta: float):

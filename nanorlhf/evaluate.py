@@ -1,7 +1,6 @@
 """Did it help? Win rate of one model against another on prompts that neither has seen.
 
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft     judged by the true reward
-    python -m nanorlhf.evaluate --policy out/ppo --against out/sft --judge out/rm
     python -m nanorlhf.evaluate --judge choices.jsonl                  judged by people
 
 Beside the win rate stands what it may have cost: KL, length, diversity, perplexity. A file of
@@ -10,18 +9,18 @@ of the policy and of the model to beat, and choice is "first", "second" or "tie"
 """
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from nanorlhf import environment, reward
 from nanorlhf.generate import generate_rows
-from nanorlhf.logprobs import kl_k1, masked, response_logprobs
+from nanorlhf.logprobs import whole_logprobs
 from nanorlhf.model import GPT, load_policy
 from nanorlhf.support import UserError, data
-from nanorlhf.support.config import ComputeConfig, autocast, run, setup
-from nanorlhf.support.data import collate, in_parts
-from nanorlhf.support.groups import score_rows
+from nanorlhf.support.config import ComputeConfig, run, setup
+from nanorlhf.support.groups import choices, response_len, score_rows
 from nanorlhf.support.runlog import RunLog, open_run
 from nanorlhf.support.stats import distinct, win_rate
 
@@ -40,33 +39,15 @@ class EvaluateConfig(ComputeConfig):
     micro_batch_size: int = 0         # responses in memory at once; 0: as many as is fast
 
 
-@torch.no_grad()
 def describe(model: GPT, reference: GPT, rows: list, tok, cfg) -> dict:
     """What responses are like: kl in nats a response, length in tokens, perplexity, diversity."""
-    kl = length = surprise = 0
-    for part in in_parts(rows, cfg.micro_batch_size or 64):
-        tokens, prompt_len, mask = collate(part, tok.pad, model.device)
-        with autocast(model.device, cfg.dtype):
-            logprobs, ref_logprobs = (
-                response_logprobs(m, tokens, prompt_len, mask.shape[1], cfg.temperature)
-                for m in (model, reference))
-        kl += masked(kl_k1(logprobs, ref_logprobs), mask).sum().item()
-        surprise -= masked(ref_logprobs, mask).sum().item()
-        length += mask.sum().item()
-    texts = [tok.decode(tokens[n:]) for tokens, n in rows]
-    return dict(kl=kl / len(rows), response_len=length / len(rows),
-                perplexity=math.exp(surprise / length), distinct_1=distinct(texts, 1),
-                distinct_2=distinct(texts, 2))
-
-
-def choices(path: str) -> tuple[list[float], list[float]]:
-    """A file of human choices. -> scores of the first and of the second, one each a comparison"""
-    scores, pairs = dict(first=(1.0, 0.0), second=(0.0, 1.0), tie=(0.5, 0.5)), []
-    for where, record in data.read_json_lines(path):
-        if (choice := record.get("choice")) not in [*scores]:
-            raise UserError(f"{where}: expected choice to be first, second or tie, came {choice!r}")
-        pairs.append(scores[choice])
-    return tuple(zip(*pairs))
+    logprobs, ref_logprobs = (
+        score_rows(partial(whole_logprobs, m, temperature=cfg.temperature), rows, tok.pad, m.device,
+                   cfg.dtype, cfg.micro_batch_size or 64).double() for m in (model, reference))
+    length, texts = response_len(rows), [tok.decode(tokens[n:]) for tokens, n in rows]
+    return dict(kl=(logprobs - ref_logprobs).mean().item(), response_len=length / len(rows),
+                perplexity=math.exp(-ref_logprobs.sum().item() / length),
+                distinct_1=distinct(texts, 1), distinct_2=distinct(texts, 2))
 
 
 def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> dict:

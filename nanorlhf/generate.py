@@ -1,35 +1,20 @@
 """Prompts in, responses out.
 
-One causal pass over the prompts fills the key-value cache. Then every step adds one token to each
-row, each row at its own position.
-
     generate         one batch of prompts -> tensors
     generate_rows    any number of prompts -> rows (tokens, prompt_len), as many at once as fit
     generate_texts   the same as text, from a seed of its own
 
-The random numbers are drawn before anything else, one for each token of each response. So a
-response depends on the seed, and not on the rows that happen to share its batch or its process.
+One causal pass over the prompts fills the key-value cache; then every step adds one token to each
+row, at the row's own position. The random numbers are drawn first, one for each token of each
+response. So a response depends on the seed, and not on the rows that share its batch or process.
 """
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from nanorlhf.logprobs import response_tokens, tempered
 from nanorlhf.model import GPT, KVCache
 from nanorlhf.support import UserError, fast, parallel
-from nanorlhf.support.config import TrainConfig, autocast
-
-
-@dataclass
-class SampleConfig(TrainConfig):
-    """What the stages that learn from samples of a policy have in common."""
-    sft: str = "out/sft"              # the model to start from
-    data: list[str] = field(default_factory=list)  # files; none: the built-in world
-    prompts: int = 3000               # prompts to sample responses to (built-in world)
-    responses: int = 4                # to each prompt
-    max_new_tokens: int = 80          # longest sampled response
-    steps: int = 0                    # updates; 0: one pass over the data
+from nanorlhf.support.config import autocast
 
 
 @torch.no_grad()
@@ -100,8 +85,8 @@ def decode(model: GPT, cache: KVCache, hidden: Tensor, tokens: Tensor, prompt_le
            uniforms: Tensor, temperature: float, eos: int | None, pad: int):
     """Write the responses into tokens, one token of every row a step, until every row has ended.
 
-    hidden (B, C): the trunk's output at the last token of each prompt. This is the plain form;
-    fast.decode is the same with fewer rows, where some have ended, and with CUDA graphs.
+    hidden (B, C): the trunk's output at the end of each prompt. This is the plain form; fast.decode
+    does the same, drops rows that have ended, and captures CUDA graphs.
     """
     rows = torch.arange(len(tokens), device=tokens.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
@@ -156,8 +141,8 @@ def generate_rows(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos
 
 def generate_texts(model: GPT, tok, prompts: list[list[int]], max_new_tokens: int,
                    temperature: float = 1.0, seed: int = 0) -> list[tuple[str, str]]:
-    """The same prompts and the same random numbers give texts that can be compared, before and
-    after training. The random state of the run stays as it was. -> (prompt, response) pairs"""
+    """Texts to compare before and after training: the same seed gives the same random numbers, and
+    the random state of the run stays as it was. -> (prompt, response) pairs"""
     rows = generate_rows(model, prompts, max_new_tokens, tok.eos, tok.pad, temperature,
                          rng=torch.Generator().manual_seed(seed))
     return [(tok.decode(tokens[:n]), tok.decode(tokens[n:])) for tokens, n in rows]

@@ -1,15 +1,14 @@
 """Implicit language Q-learning (Snell et al. 2022): learn from logged responses and their scores.
 
     python -m nanorlhf.ilql                                 the built-in world
-    python -m nanorlhf.ilql --reward env                    scored by the true reward instead
     python -m nanorlhf.ilql --data hh.jsonl.gz --sft out/hh-sft --rm out/hh-rm --out out/hh-ilql
 
 Nothing is sampled while it learns. V(s) is the expected score after the text s, Q(s, a) the same if
 token a follows. The policy that comes out is the language model, with beta (Q - V) added to its
 logits. The heads read the frozen trunk of the SFT model, so the language model stays as it was.
 
-A difference to the paper: its targets look one step ahead (`--lam 0` here). A reward at the very
-end then travels back one token a pass, and in one pass hardly leaves the last sentence.
+The paper's targets look one step ahead (`--lam 0` here): a score at the very end then travels back
+one token a pass, and in one pass hardly leaves the last sentence.
 """
 from dataclasses import dataclass
 
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from nanorlhf import environment, reward
 from nanorlhf.advantages import gae
-from nanorlhf.generate import SampleConfig, generate_rows, generate_texts
+from nanorlhf.generate import generate_rows, generate_texts
 from nanorlhf.logprobs import masked_mean, response_tokens, response_window, token_logprobs
 from nanorlhf.model import QGPT, load_policy, wide
 from nanorlhf.support import fast, loop, parallel
-from nanorlhf.support.config import compile_trunks, run, setup
+from nanorlhf.support.config import SampleConfig, compile_trunks, run, setup
 from nanorlhf.support.data import collate
-from nanorlhf.support.groups import flatten, from_files, prompts_of, score_rows
+from nanorlhf.support.groups import flatten, from_files, prompts_of, response_len, score_rows
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 from nanorlhf.support.stats import standardise
@@ -107,12 +106,12 @@ def train(model: QGPT, rows: list, scores: list, pad: int, cfg: ILQLConfig, log)
         return losses(model, *collate(rows, pad, model.device),
                       torch.tensor(scores, device=model.device), cfg)
 
-    def response_len(batch):
-        return sum(len(tokens) - prompt_len for (tokens, prompt_len), _ in batch)
+    def weight(batch):
+        return response_len(row for row, _ in batch)
 
     pairs = [*zip(rows, scores, strict=True)]
     for batch in loop.batches(pairs, parts, loop.linear, cfg, log, state, lambda pair: [pair[0]]):
-        metrics = loop.step(loss_fn, batch, response_len, parts, cfg)
+        metrics = loop.step(loss_fn, batch, weight, parts, cfg)
         follow(model, cfg.polyak)
         log.write(state["step"], **metrics)
     model.beta.fill_(cfg.beta)

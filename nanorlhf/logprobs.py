@@ -88,6 +88,13 @@ def response_logprobs_and_entropy(model, tokens: Tensor, prompt_len: Tensor, R: 
             fast.rows_at_a_time(entropy, logits, temperature=temperature))
 
 
+def whole_logprobs(model, tokens: Tensor, prompt_len: Tensor, mask: Tensor,
+                   temperature: float = 1.0) -> Tensor:
+    """Log-prob of each response, summed over its tokens. tokens (B, T), mask (B, R) -> (B,)"""
+    R = mask.shape[1]
+    return masked(response_logprobs(model, tokens, prompt_len, R, temperature), mask).sum(1)
+
+
 # --- KL(policy || reference), estimated from tokens that the policy sampled ----------------------
 # http://joschu.net/blog/kl-approx.html; all (B, R), (B, R) -> (B, R)
 

@@ -137,11 +137,7 @@ class Transformer(nn.Module):
 
 class GPT(SavedModel):
     """A language model. tokens (B, T) -> logits (B, T, V)"""
-    config_class, architecture = GPTConfig, "GPT2LMHeadModel"
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        self.transformer = Transformer(config)
+    config_class, trunk_class, architecture = GPTConfig, Transformer, "GPT2LMHeadModel"
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V); the embedding matrix read backwards."""
@@ -159,12 +155,11 @@ def load_policy(folder: str, device) -> tuple[GPT, tokenizer.Tokenizer]:
 
 class ScalarGPT(SavedModel):
     """One number for each position, from all tokens up to it. tokens (B, T) -> (B, T)"""
-    config_class, architecture = GPTConfig, "GPT2ForSequenceClassification"
-    settings = dict(num_labels=1)
+    config_class, trunk_class = GPTConfig, Transformer
+    architecture, settings = "GPT2ForSequenceClassification", dict(num_labels=1)
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        self.transformer = Transformer(config)
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         nn.init.normal_(self.score.weight, std=(config.n_embd + 1) ** -0.5)   # Stiennon et al. 2020
 
@@ -181,8 +176,8 @@ class QGPT(GPT):
     """A language model that prefers tokens of high value. tokens (B, T) -> logits (B, T, V)
 
     V(s) is the expected score after the text s, Q(s, a) the same if token a follows. Two Q heads
-    and a V head read the trunk of a language model, and its logits rise by beta (Q - V). beta = 0
-    is the language model itself (Snell et al. 2022, section 5); beta is saved with the weights.
+    and a V head read the trunk of a language model, and its logits rise by beta (Q - V), where
+    beta = 0 is the language model itself (Snell et al. 2022, section 5).
     """
     architecture = "QGPT"
     # Not "gpt2": another library would load the trunk and leave the heads out without a word.
@@ -190,9 +185,16 @@ class QGPT(GPT):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        self.q = nn.ModuleList(_value_head(config.n_embd, config.vocab_size) for _ in range(2))
+        # Two layers each: the trunk was trained to predict words, and one linear layer on it says
+        # too little about values. They start at 0: no token is better than another.
+        C, V = config.n_embd, config.vocab_size
+        heads = [nn.Sequential(nn.Linear(C, 2 * C), nn.ReLU(), nn.Linear(2 * C, outputs))
+                 for outputs in (V, V, 1)]
+        for head in heads:
+            nn.init.zeros_(head[2].weight)
+            nn.init.zeros_(head[2].bias)
+        self.q, self.v = nn.ModuleList(heads[:2]), heads[2]
         self.target_q = copy.deepcopy(self.q).requires_grad_(False)
-        self.v = _value_head(config.n_embd, 1)
         self.register_buffer("beta", torch.ones(()))
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -203,12 +205,3 @@ class QGPT(GPT):
         """
         gain = torch.minimum(*(q(hidden) for q in self.target_q)) - self.v(hidden)
         return super().head(hidden) + self.beta * wide(gain)
-
-
-def _value_head(C, outputs):
-    """Two layers: the trunk was trained to predict words, and one linear layer on it says too
-    little about values. Starts at 0: no token is better than another."""
-    head = nn.Sequential(nn.Linear(C, 2 * C), nn.ReLU(), nn.Linear(2 * C, outputs))
-    nn.init.zeros_(head[2].weight)
-    nn.init.zeros_(head[2].bias)
-    return head

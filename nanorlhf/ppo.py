@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nanorlhf import advantages
-from nanorlhf.generate import SampleConfig, generate_rows
+from nanorlhf.generate import generate_rows
 from nanorlhf.logprobs import (
     kl_k1,
     kl_k3,
@@ -31,7 +31,7 @@ from nanorlhf.logprobs import (
     whiten,
 )
 from nanorlhf.support import UserError, loop, parallel
-from nanorlhf.support.config import autocast
+from nanorlhf.support.config import SampleConfig, autocast
 from nanorlhf.support.data import collate, in_parts
 
 
@@ -95,7 +95,6 @@ class Rollout:
 
 
 # --- collect -------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPOConfig,
             kl_coef: float, eos: int, pad: int) -> Rollout:
@@ -162,7 +161,6 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 
 
 # --- update --------------------------------------------------------------------------------------
-
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
                 clip: float = 0.2) -> Tensor:
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated so that we minimise it.
@@ -227,12 +225,11 @@ def diagnose(logprobs: Tensor, batch: Rollout, clip: float) -> dict:
 
 
 # --- train ---------------------------------------------------------------------------------------
-
 def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, pad: int,
           cfg: PPOConfig, log) -> dict:
     """Improve the policy, and with it the critic, in place; arguments as for collect. -> summary"""
     optimizers = make_optimizers(policy, critic, cfg)
-    parts = dict(policy=policy, **optimizers) | ({} if critic is None else dict(critic=critic))
+    parts = dict(policy=policy, **optimizers, **({} if critic is None else dict(critic=critic)))
     state = dict(step=0, tokens=0, sampled=0, kl_coef=cfg.kl_coef, score=0.0, kl=0.0)
     reference.requires_grad_(False)
 
@@ -254,9 +251,9 @@ def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, 
 
 def make_optimizers(policy, critic, cfg: PPOConfig) -> dict:
     """One for each network there is. Adam's epsilon is 1e-5 (Huang et al. 2024)."""
-    rates = dict(policy=(policy, cfg.learning_rate), critic=(critic, cfg.critic_learning_rate))
+    networks = dict(policy=(policy, cfg.learning_rate), critic=(critic, cfg.critic_learning_rate))
     return {f"{name}_optimizer": loop.adamw(network.parameters(), rate, eps=1e-5)
-            for name, (network, rate) in rates.items() if network is not None}
+            for name, (network, rate) in networks.items() if network is not None}
 
 
 def summarise(rollout: Rollout) -> dict:

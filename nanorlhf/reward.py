@@ -1,8 +1,7 @@
 """A Bradley-Terry reward model: from choices between two responses to one number for a response.
 
 It is the SFT model's trunk with a scalar head, read at the last token of the response, and learns
-in one pass over the comparisons (Ouyang et al. 2022, section 3.5). Afterwards it is shifted and
-scaled so that the SFT model's own samples score mean 0 and standard deviation 1.
+in one pass over the comparisons (Ouyang et al. 2022, section 3.5).
 """
 import math
 import random
@@ -13,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanorlhf import environment, tokenizer
-from nanorlhf.generate import SampleConfig, generate_rows
+from nanorlhf.generate import generate_rows
 from nanorlhf.model import GPT, ScalarGPT
 from nanorlhf.support import UserError, loop, user_code
+from nanorlhf.support.config import SampleConfig
 from nanorlhf.support.data import collate, in_parts
 from nanorlhf.support.groups import flatten, pairs_in, rows_of, score_rows
 from nanorlhf.support.stats import accuracy_of, interval
@@ -102,10 +102,10 @@ def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
 
 @torch.no_grad()
 def normalise(model: ScalarGPT, rows: list, pad: int, dtype: str) -> tuple[float, float]:
-    """Shift and scale the model so that rows, the SFT model's samples, score mean 0, deviation 1.
+    """Shift and scale the model so that rows, the SFT model's samples, score mean 0, deviation 1:
+    by the last LayerNorm's bias and by the head, so that other libraries see a plain GPT-2.
 
-    The shift goes into the last LayerNorm's bias and the scale into the head, so the network needs
-    no part that another library would not know. -> the mean and deviation before
+    -> the mean and deviation before
     """
     scores = score_rows(by_model(model), rows, pad, model.device, dtype)
     mean, std = scores.mean(), scores.std()
@@ -131,10 +131,9 @@ def report(score, groups: list, pad: int, device, dtype: str) -> tuple[dict, Ten
                 length_accuracy=max(longer, 1 - longer).item()), margin
 
 
-# --- score functions: (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,) -----------------------
-
 def score_function(cfg, tok, policy: GPT):
-    """What --reward names: rm, env or FILE.py:FUNCTION. Raises UserError where it is none."""
+    """The score function that --reward names: (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,)
+    Raises UserError where it is not rm, env or FILE.py:FUNCTION."""
     if cfg.reward == "rm":
         return by_model(load_for(cfg.rm, policy, tok))
     if cfg.reward == "env":
@@ -159,11 +158,6 @@ def load(folder: str) -> ScalarGPT:
 def load_for(folder: str, policy: GPT, tok) -> ScalarGPT:
     """The reward model in a folder, on the policy's device. Raises UserError where it cannot read
     all that the policy writes."""
-    model, positions = load(folder), policy.config.n_positions
-    if tokenizer.load(folder).ranks != tok.ranks:
-        raise UserError(f"{folder}: expected a reward model with the policy's vocabulary, came one "
-                        "with another: they would read each other's tokens as other words")
-    if model.config.n_positions < positions:
-        raise UserError(f"{folder}: expected a reward model that reads {positions} tokens as the "
-                        f"policy does, came one of {model.config.n_positions}")
+    model = load(folder)
+    model.check_reads(policy, tokenizer.load(folder).ranks == tok.ranks, folder)
     return model.to(policy.device)

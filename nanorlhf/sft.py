@@ -5,15 +5,17 @@ Plain text has no prompt, so all of its tokens are trained on: that is pretraini
 """
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from nanorlhf.logprobs import masked_mean, response_logprobs
+from nanorlhf.logprobs import masked_mean, response_logprobs, whole_logprobs
 from nanorlhf.model import GPT
 from nanorlhf.support import loop
-from nanorlhf.support.config import TrainConfig, autocast
-from nanorlhf.support.data import collate, in_parts
+from nanorlhf.support.config import TrainConfig
+from nanorlhf.support.data import collate
+from nanorlhf.support.groups import response_len, score_rows
 
 
 @dataclass
@@ -62,11 +64,6 @@ def train(model: GPT, rows: list, held_out: list, pad: int, cfg: SFTConfig, log)
     return dict(loss=final, perplexity=math.exp(final), steps=state["step"], tokens=state["tokens"])
 
 
-def response_len(rows: list) -> int:
-    """The tokens that the loss is a mean over."""
-    return sum(len(tokens) - prompt_len for tokens, prompt_len in rows)
-
-
 def make_optimizer(model: GPT, cfg: SFTConfig) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
@@ -74,12 +71,9 @@ def make_optimizer(model: GPT, cfg: SFTConfig) -> torch.optim.Optimizer:
                        dict(params=vectors, weight_decay=0.0)], cfg.learning_rate)
 
 
-@torch.no_grad()
 def held_out_loss(model: GPT, rows: list, pad: int, cfg: SFTConfig) -> float:
     """Cross-entropy over held-out rows, each token counted once. -> nats a token"""
     model.eval()
-    total = 0.0
-    for part in in_parts(rows, cfg.micro_batch_size or cfg.batch_size):
-        with autocast(model.device, cfg.dtype):
-            total += loss(model, *collate(part, pad, model.device)).item() * response_len(part)
-    return total / response_len(rows)
+    logprobs = score_rows(partial(whole_logprobs, model), rows, pad, model.device, cfg.dtype,
+                          cfg.micro_batch_size or cfg.batch_size)
+    return -logprobs.double().sum().item() / response_len(rows)

@@ -6,8 +6,8 @@
 
 The first 256 tokens are the single bytes. Each further token is a merge: two earlier tokens that
 often stand side by side, joined. Two special tokens come last: the end token closes a text, and the
-pad token fills up a batch. tiktoken, which does the encoding, is not told of these two, so no text
-can produce them, not even "<|endoftext|>" (only here transformers differs on the same files).
+pad token fills up a batch. tiktoken encodes without these two, so no text can produce them, not
+even "<|endoftext|>" (only here transformers differs on the same files).
 """
 import re
 from collections import Counter, defaultdict
@@ -24,19 +24,17 @@ from nanorlhf.support.bpe_files import BYTES
 GPT2 = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"  # all have the same vocabulary
 
 # GPT-2 first splits a text into contractions, words, numbers and signs, each with the space before
-# it. No merge crosses from one piece to the next. ++ forbids backtracking, which makes it faster.
+# it; no merge crosses from one piece to the next. ++ forbids backtracking, for speed.
 SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-
 # tiktoken crashes on a run of a million spaces, so it gets a long run in parts.
 LONG_RUN = re.compile(r"(\s{1000})(?=\s)")
 
 
 def learn(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """Merge the most frequent pair of neighbouring tokens, again and again.
+    """Merge the most frequent pair of neighbouring tokens, of several the one with the lowest ids,
+    again and again, until bytes, merges and special tokens are vocab_size, or no pair is left.
 
-    Of pairs that are equally frequent, the one with the lowest ids is merged. vocab_size counts
-    bytes, merges and the two special tokens; the vocabulary stays smaller where the corpus runs out
-    of pairs. Raises UserError where vocab_size is below 258.
+    Raises UserError where vocab_size is below 258.
     """
     if vocab_size < 258:
         raise UserError(f"expected a vocab_size of at least 258, came {vocab_size}")
@@ -97,25 +95,17 @@ class Tokenizer:
         return self._bpe.decode([token for token in tokens if token not in (self.eos, self.pad)])
 
     def pieces(self, tokens: list[int]) -> list[str]:
-        """One printable string for each token, as plots show it."""
+        """One string for each token, as plots show it. Half a character becomes U+FFFD."""
         special = {self.eos: "<end>", self.pad: "<pad>"}
-        return [special.get(t) or printable(self._bpe.decode_single_token_bytes(t)) for t in tokens]
+        return [special.get(token) or self._bpe.decode([token]) for token in tokens]
 
     def save(self, folder: str | Path) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json, as transformers expects them."""
+        """Write the three files that transformers expects."""
         bpe_files.save(folder, self.ranks)
 
 
-def printable(token: bytes) -> str:
-    r"""b" the" -> " the", b"\n" -> "\\n", and half a character -> "\\xe2"."""
-    text = token.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def load(name_or_folder: str | Path) -> Tokenizer:
-    """The tokenizer of GPT-2, by one of its names, or of a folder with merges.txt and vocab.json.
-
-    Raises UserError where a file is missing or damaged, or GPT-2's vocabulary cannot be had.
-    """
+    """GPT-2's tokenizer, by one of its names, or the one in a folder. Raises UserError where a file
+    is missing or damaged."""
     return Tokenizer(bpe_files.gpt2_ranks() if name_or_folder in GPT2
                      else bpe_files.load(name_or_folder))

@@ -9,7 +9,7 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
-from nanorlhf import UserError
+from nanorlhf.support import UserError
 from nanorlhf.support.data import (
     collate,
     demonstrations,

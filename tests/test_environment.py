@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from nanorlhf import UserError, environment
+from nanorlhf import environment
 from nanorlhf.environment import Annotator, Request, demonstrations, gold, parts, prompts, write
+from nanorlhf.support import UserError
 
 REQUEST = Request("spooky", "fox", "lantern", "harbor")
 PROMPT = str(REQUEST)

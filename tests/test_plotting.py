@@ -11,8 +11,7 @@ import torch
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.text import Text
 
-from nanorlhf import UserError
-from nanorlhf.support import plotting
+from nanorlhf.support import UserError, plotting
 from nanorlhf.support.plotting import COLOURS, curves, overlay, small_multiples
 from notebooks import drawing
 from notebooks.drawing import plot_guess, strips

@@ -10,7 +10,7 @@ import inspect
 import random
 import re
 import sys
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from math import inf
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -38,6 +38,17 @@ class TrainConfig(ComputeConfig):
     compile: bool = False             # use torch.compile: a slow start, faster steps
     save_every: int = 200             # steps between saves that --resume continues from
     resume: bool = False              # continue from the last save
+
+
+@dataclass
+class SampleConfig(TrainConfig):
+    """What the stages that learn from samples of a policy have in common."""
+    sft: str = "out/sft"              # the model to start from
+    data: list[str] = field(default_factory=list)  # files; none: the built-in world
+    prompts: int = 3000               # prompts to sample responses to (built-in world)
+    responses: int = 4                # to each prompt
+    max_new_tokens: int = 80          # longest sampled response
+    steps: int = 0                    # updates; 0: one pass over the data
 
 
 # The least and the greatest value of a field of that name. A class may have RANGES of its own.

@@ -5,7 +5,7 @@ them, the chosen row first. All pairs of a prompt share a batch (Ouyang et al. 2
 """
 import torch
 
-from nanorlhf.support import data
+from nanorlhf.support import UserError, data
 from nanorlhf.support.config import autocast
 
 
@@ -49,6 +49,21 @@ def rows_of(group):
 def prompts_of(groups, longest):
     """The prompt of each group, without its beginning where it is too long. -> token lists"""
     return [tokens[:n][-longest:] for [(tokens, n), *_], _ in groups]
+
+
+def response_len(rows):
+    """Tokens of all responses, end tokens included."""
+    return sum(len(tokens) - prompt_len for tokens, prompt_len in rows)
+
+
+def choices(path):
+    """A file of human choices. -> scores of the first and of the second, one each a comparison"""
+    scores, pairs = dict(first=(1.0, 0.0), second=(0.0, 1.0), tie=(0.5, 0.5)), []
+    for where, record in data.read_json_lines(path):
+        if (choice := str(record.get("choice"))) not in scores:
+            raise UserError(f"{where}: expected choice to be first, second or tie, came {choice!r}")
+        pairs.append(scores[choice])
+    return tuple(zip(*pairs))
 
 
 @torch.no_grad()

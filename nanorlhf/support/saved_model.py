@@ -13,14 +13,14 @@ from nanorlhf.support import UserError, pretrained
 class SavedModel(nn.Module):
     """A network with a GPT-2 trunk, `self.transformer`, and a head of its own.
 
-    A subclass sets config_class, and the name of its architecture in config.json.
+    A subclass sets config_class, trunk_class, and the name of its architecture in config.json.
     """
     settings = {}       # what else config.json says
     compiled = False    # by config.compile_trunks: then each new shape waits for the compiler
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.transformer = config, self.trunk_class(config)
 
     @property
     def device(self):
@@ -73,3 +73,13 @@ class SavedModel(nn.Module):
         self.transformer.wte = nn.Embedding.from_pretrained(rows, freeze=False)
         self.config = self.transformer.config = replace(self.config, vocab_size=n)
         return self
+
+    def check_reads(self, writer, same_vocabulary, folder):
+        """Raise UserError where this reward model, of the folder, cannot read all of the writer."""
+        if not same_vocabulary:
+            raise UserError(f"{folder}: expected a reward model with the policy's vocabulary, came "
+                            "one with another: they would read each other's tokens as other words")
+        ours, theirs = self.config.n_positions, writer.config.n_positions
+        if ours < theirs:
+            raise UserError(f"{folder}: expected a reward model that reads {theirs} tokens as the "
+                            f"policy does, came one of {ours}")
