@@ -142,7 +142,7 @@ def test_many_batches_keep_the_order(tok):
     assert rows == [greedy([p])[0] for p in prompts]
     length = lambda tokens, prompt_len, mask: prompt_len.float()  # noqa: E731
     for batch_size in 3, 64:
-        found = score_rows(length, rows, tok.pad, "cpu", "float32", batch_size)
+        found = score_rows(length, rows, tok.pad, model.device, "float32", batch_size)
         assert found.tolist() == [len(p) for p in prompts]
 
 

@@ -489,10 +489,11 @@ def test_a_score_is_the_same_whoever_shares_its_batch():
     score = by_model(ScalarGPT(TINY).double().eval())
     rows, _ = past(50, share_of_liked)
     assert len({len(tokens) for tokens, _ in rows}) > 3
-    whole = standardise(score_rows(score, rows, PAD, "cpu", "float32"))
+    cpu = torch.device("cpu")
+    whole = standardise(score_rows(score, rows, PAD, cpu, "float32"))
     assert max(whole) - min(whole) > 1
     for size in 1, 7:
-        found = standardise(score_rows(score, rows, PAD, "cpu", "float32", batch_size=size))
+        found = standardise(score_rows(score, rows, PAD, cpu, "float32", batch_size=size))
         assert found == pytest.approx(whole, abs=1e-9)
 
 

@@ -39,11 +39,11 @@ def model():
 
 
 def scores_of(model, rows, **kwargs):
-    return score_rows(by_model(model), rows, PAD, "cpu", "float32", **kwargs)
+    return score_rows(by_model(model), rows, PAD, model.device, "float32", **kwargs)
 
 
 def report_of(model, groups):
-    return report(by_model(model), groups, PAD, "cpu", "float32")
+    return report(by_model(model), groups, PAD, model.device, "float32")
 
 
 def some_rows(n, seed=0):
