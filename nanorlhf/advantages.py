@@ -1,8 +1,7 @@
 """How much better than expected was it? One question, four answers.
 
     gae                    (B, R)  token by token, with the help of a critic
-    reinforce, rloo, grpo  (B,)    one number for each response, no critic; the G responses to a
-                                   prompt stand together
+    reinforce, rloo, grpo  (B,)    response by response; the G responses to a prompt stand together
 """
 import torch
 from torch import Tensor

@@ -21,8 +21,7 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) ->
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same in one kernel that never stores the (T, S) weights. Without a mask, CUDA can take
-    its fastest one (flash attention)."""
+    """The same in one kernel that never stores (T, S) weights; without a mask, flash attention."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 

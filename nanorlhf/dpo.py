@@ -64,8 +64,8 @@ def train(policy: GPT, reference: GPT, groups: list, pad: int, cfg: DPOConfig, l
     """One pass over the comparisons; the policy learns in place. -> summary"""
     policy.eval()                        # dropout would change the log-probs
     reference.eval()
-    parts = dict(policy=policy, optimizer=loop.adamw(policy.parameters(), cfg.learning_rate))
-    state = dict(step=0, tokens=0)
+    optimizer = loop.adamw(policy.parameters(), cfg.learning_rate)
+    parts, state = dict(policy=policy, optimizer=optimizer), dict(step=0, tokens=0)
 
     def loss_fn(groups):
         return loss_of(policy, reference, groups, pad, cfg.beta)
@@ -87,16 +87,15 @@ def main(cfg: DPOConfig):
     if cfg.data:
         groups, held_out = from_files(cfg.data, tok, reference.config.n_positions)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
-    log, summary = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"),
-                          decode=tok.decode), {}
+    log, best = RunLog(cfg.out, columns=("loss", "accuracy", "margin"), decode=tok.decode), {}
     if not cfg.data:
-        groups, held_out, summary["accuracy_ceiling"] = reward.from_samples(reference, tok, cfg)
+        groups, held_out, best["accuracy_ceiling"] = reward.from_samples(reference, tok, cfg)
     print(f"pairs     {pairs_in(groups):,} comparisons; {pairs_in(held_out):,} held out")
 
     policy = copy.deepcopy(reference)
     print(f"policy    {policy}, on {device}")
     compile_trunks(cfg.compile, policy, reference)
-    summary |= train(policy, reference, groups, tok.pad, cfg, log)
+    summary = best | train(policy, reference, groups, tok.pad, cfg, log)
     parallel.finish()
     policy.save(cfg.out, tok)
 

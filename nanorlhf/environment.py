@@ -4,9 +4,9 @@
     story    " One evening a crooked fox crept to the harbor. There the fox found a lantern full of
               whispers. The fox shivered and howled with the lantern. The end."
 
-Everything is made from a seed by the grammar below. The true reward (`gold`) is known: it is a sum
-of named parts. Training never sees it. Training sees demonstrations by authors who are often
-careless, and choices by annotators who are often wrong, at a known rate.
+Everything is made from a seed by the grammar below. Training sees demonstrations by authors who are
+often careless, and choices by annotators who are often wrong. It never sees the true reward
+(`gold`), which is a sum of named parts.
 """
 import json
 import math
@@ -20,9 +20,9 @@ from pathlib import Path
 from nanorlhf.support import UserError
 
 # --- the words -----------------------------------------------------------------------------------
-# story_words.json says which words fill a slot, which is a place in a sentence template, such as
-# {hero}. In some slots a word has a mood, or is plain; a story should have words of the mood that
-# was requested. NOUNS, OTHERS, PLAIN: {slot: words}; MOODS: {mood: {slot: words}}
+# story_words.json says which words fill a slot, a place in a sentence template such as {hero}. In
+# some slots a word has a mood or is plain; a story should have words of the requested mood.
+# NOUNS, OTHERS, PLAIN: {slot: words}; MOODS: {mood: {slot: words}}
 NOUNS, OTHERS, MOODS, PLAIN = json.loads(
     Path(__file__).with_name("story_words.json").read_text(encoding="utf-8")).values()
 UNWANTED = "gloomy"         # no prompt requests this mood; a careless author writes it by mistake

@@ -3,9 +3,8 @@
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft     judged by the true reward
     python -m nanorlhf.evaluate --judge choices.jsonl                  judged by people
 
-Beside the win rate stands what it may have cost: KL, length, diversity, perplexity. A file of
-choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are responses
-of the policy and of the model to beat, and choice is "first", "second" or "tie".
+A file of choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are
+responses of the policy and of the model to beat, and choice is "first", "second" or "tie".
 """
 import math
 from dataclasses import dataclass, field

@@ -39,9 +39,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     prompt_len = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(G)
     tokens = torch.tensor([p + [pad] * (P + R - len(p)) for p in prompts for _ in range(G)],
                           device=device)
-    if uniforms is None:
-        uniforms = draw_uniforms(B, R)
-
+    uniforms = draw_uniforms(B, R) if uniforms is None else uniforms
     double = torch.float32 if device.type == "mps" else torch.float64          # MPS has no float64
     cache, hidden = prefill(model, tokens, prompt_len, P, G)
     fast.decode(sample, model, cache, hidden, tokens, prompt_len, uniforms.to(device, double),
@@ -62,8 +60,7 @@ def draw_uniforms(*shape: int, rng: torch.Generator | None = None) -> Tensor:
 def prefill(model: GPT, tokens: Tensor, prompt_len: Tensor, P: int, G: int):
     """Read each prompt once for its G rows. -> cache of B rows, hidden (B, C) at the prompts' ends
 
-    Padding behind a short prompt is cached too. The row's own tokens overwrite it before the row's
-    position, and with it the attention mask, reaches that far.
+    Padding behind a short prompt is cached too, and overwritten before the row gets that far.
     """
     B, S = tokens.shape
     if model.compiled:
@@ -116,10 +113,9 @@ def sample(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
 def generate_rows(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos: int, pad: int,
                   temperature: float = 1.0, G: int = 1, batch_size: int = 0,
                   dtype: str = "float32", rng: torch.Generator | None = None):
-    """G responses to each prompt -> rows (tokens, prompt_len), the G rows of a prompt side by side
+    """G responses to each prompt, side by side -> rows (tokens, prompt_len)
 
-    batch_size: responses at once, 0: as many as is fast. Several processes share the work, and each
-    of them gets all rows.
+    batch_size: responses at once, 0: as many as is fast. Several processes share the work.
     """
     if 0 < batch_size < G:
         prompts, G = [prompt for prompt in prompts for _ in range(G)], 1

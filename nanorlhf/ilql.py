@@ -59,9 +59,7 @@ def q_targets(scores: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
               lam: float = 0.95) -> Tensor:
     """What Q should say of each token: with lam = 0 the next V times gamma, and for the last token
     the score; with lam = 1 the discounted score; in between a mixture, as in TD(lambda).
-
-    scores (B,), values (B, R), mask (B, R) -> (B, R)
-    """
+    scores (B,), values (B, R), mask (B, R) -> (B, R)"""
     rewards = torch.zeros_like(values)
     rewards[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1] = scores
     return gae(rewards, values, mask, gamma, lam) + values
@@ -97,9 +95,8 @@ def of_chosen(q: Tensor, chosen: Tensor) -> Tensor:
 def train(model: QGPT, rows: list, scores: list, pad: int, cfg: ILQLConfig, log) -> dict:
     """rows: logged (tokens, prompt_len); scores: a float each. The heads learn. -> summary"""
     model.transformer.requires_grad_(False)
-    heads = [*model.eval().q.parameters(), *model.v.parameters()]
-    parts = dict(model=model, optimizer=loop.adamw(heads, cfg.learning_rate))
-    state = dict(step=0, tokens=0)
+    optimizer = loop.adamw([*model.eval().q.parameters(), *model.v.parameters()], cfg.learning_rate)
+    parts, state = dict(model=model, optimizer=optimizer), dict(step=0, tokens=0)
 
     def loss_fn(batch):
         rows, scores = zip(*batch)

@@ -95,9 +95,8 @@ def whole_logprobs(model, tokens: Tensor, prompt_len: Tensor, mask: Tensor,
     return masked(response_logprobs(model, tokens, prompt_len, R, temperature), mask).sum(1)
 
 
-# --- KL(policy || reference), estimated from tokens that the policy sampled ----------------------
-# http://joschu.net/blog/kl-approx.html; all (B, R), (B, R) -> (B, R)
-
+# KL(policy || reference), estimated from tokens that the policy sampled: (B, R), (B, R) -> (B, R)
+# http://joschu.net/blog/kl-approx.html
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """log p - log q. Unbiased; single tokens may be negative. PPO subtracts it from rewards."""
     return logprobs - ref_logprobs

@@ -125,8 +125,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)
-        x = F.dropout(x, self.config.dropout, self.training)
-        mask = None                                                                   # causal
+        x, mask = F.dropout(x, self.config.dropout, self.training), None         # None is causal
         if cache is not None:
             S = cache.k[0].shape[2]
             mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
@@ -200,8 +199,8 @@ class QGPT(GPT):
     def head(self, hidden: Tensor) -> Tensor:
         """log pi + beta (Q - V), up to a constant. hidden (..., C) -> logits (..., V)
 
-        V is the same for all tokens, so it changes no probability; it keeps the logits near those
-        of the language model. Of the two Q heads the lower counts: Q tends to be too high.
+        V changes no probability, and keeps the logits near those of the language model. Of the two
+        Q heads the lower counts: Q tends to be too high.
         """
         gain = torch.minimum(*(q(hidden) for q in self.target_q)) - self.v(hidden)
         return super().head(hidden) + self.beta * wide(gain)

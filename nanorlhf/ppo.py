@@ -63,9 +63,9 @@ class PPOConfig(SampleConfig):
     save_every: int = 10              # rounds between saves that --resume continues from
 
     def __post_init__(self):
-        B, fewest = self.batch_size, 2 if self.advantage in ("rloo", "grpo") else 1
-        if self.responses < fewest or B % self.responses:
-            raise UserError(f"--responses: expected {fewest} or more that divide the batch size of "
+        B, least = self.batch_size, 2 if self.advantage in ("rloo", "grpo") else 1
+        if self.responses < least or B % self.responses:
+            raise UserError(f"--responses: expected {least} or more that divide the batch size of "
                             f"{B} for {self.advantage}, came {self.responses}")
         if self.minibatches > B:
             raise UserError(f"--minibatches: expected at most {B}, came {self.minibatches}")
@@ -103,7 +103,7 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
     score: a plain function, (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,)
     critic: None where cfg.advantage needs none
     """
-    # 1. Respond. The models are in eval mode throughout: dropout would change the log-probs.
+    # 1. Respond. All models are in eval mode throughout: dropout would change the log-probs.
     rows = generate_rows(policy, prompts, cfg.max_new_tokens, eos, pad, cfg.temperature,
                          cfg.responses, cfg.micro_batch_size, cfg.dtype)
     tokens, prompt_len, mask = batch = collate(rows, pad, policy.device)
@@ -151,9 +151,7 @@ def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
 
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Every token pays for its KL; the last one also earns the score (Ziegler et al. 2019, eq. 2).
-
-    scores (B,), kl (B, R), mask (B, R) -> rewards (B, R)
-    """
+    scores (B,), kl (B, R), mask (B, R) -> rewards (B, R)"""
     rewards = -kl_coef * masked(kl, mask)
     last = mask.sum(1) - 1                             # (B,) the end token, if there is one
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
@@ -176,9 +174,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
                clip: float = 0.2) -> Tensor:
     """Half the squared error, or that of the value held within old_values +- clip if it is larger.
-
-    All (B, R) -> scalar
-    """
+    All (B, R) -> scalar"""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -233,8 +229,10 @@ def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, 
     state = dict(step=0, tokens=0, sampled=0, kl_coef=cfg.kl_coef, score=0.0, kl=0.0)
     reference.requires_grad_(False)
 
-    for batch in loop.batches(prompts, parts, loop.linear, cfg, log, state,
-                              lambda prompt: [(prompt, len(prompt))],
+    def rows_of(prompt):
+        return [(prompt, len(prompt))]
+
+    for batch in loop.batches(prompts, parts, loop.linear, cfg, log, state, rows_of,
                               cfg.batch_size // cfg.responses):
         began, kl_coef = time.perf_counter(), state["kl_coef"]
         rollout = collect(policy, reference, critic, score, batch, cfg, kl_coef, eos, pad)

@@ -63,9 +63,7 @@ def from_samples(sft: GPT, tok, cfg: ComparisonConfig):
 
 def compare_samples(sft: GPT, tok, n: int, k: int, cfg: ComparisonConfig, held_out: bool):
     """The SFT model answers n prompts k times each, and annotators compare every two answers.
-
-    -> groups, and the accuracy that the annotators' own errors leave possible
-    """
+    -> groups, and the accuracy that the annotators' own errors leave possible"""
     prompts = environment.prompts(n, cfg.seed, held_out)
     rows = generate_rows(sft, [tok.encode(p) for p in prompts], cfg.max_new_tokens, tok.eos,
                          tok.pad, G=k, batch_size=cfg.micro_batch_size * k, dtype=cfg.dtype)
@@ -83,8 +81,8 @@ def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
     # The head is new and has far to go, the trunk is trained already: ten times the rate for it.
     head, trunk = model.score.parameters(), model.transformer.parameters()
     weights = [dict(params=[*head], lr=10 * cfg.learning_rate), dict(params=[*trunk])]
-    parts = dict(model=model, optimizer=loop.adamw(weights, cfg.learning_rate, cfg.weight_decay))
-    state = dict(step=0, tokens=0)
+    optimizer = loop.adamw(weights, cfg.learning_rate, cfg.weight_decay)
+    parts, state = dict(model=model, optimizer=optimizer), dict(step=0, tokens=0)
 
     def loss_fn(groups):
         rows, chosen, rejected = flatten(groups)
@@ -102,11 +100,8 @@ def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
 
 @torch.no_grad()
 def normalise(model: ScalarGPT, rows: list, pad: int, dtype: str) -> tuple[float, float]:
-    """Shift and scale the model so that rows, the SFT model's samples, score mean 0, deviation 1:
-    by the last LayerNorm's bias and by the head, so that other libraries see a plain GPT-2.
-
-    -> the mean and deviation before
-    """
+    """Shift and scale the model so that rows, the SFT model's samples, score mean 0, deviation 1.
+    The last LayerNorm's bias and the head take it up. -> mean and deviation before"""
     scores = score_rows(by_model(model), rows, pad, model.device, dtype)
     mean, std = scores.mean(), scores.std()
     if not std > 0:

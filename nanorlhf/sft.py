@@ -47,8 +47,7 @@ def loss(model: GPT, tokens: Tensor, prompt_len: Tensor, mask: Tensor) -> Tensor
 
 def train(model: GPT, rows: list, held_out: list, pad: int, cfg: SFTConfig, log) -> dict:
     """Imitate rows of (tokens, prompt_len), as data.encode makes them. -> summary"""
-    parts = dict(model=model, optimizer=make_optimizer(model, cfg))
-    state = dict(step=0, tokens=0)
+    parts, state = dict(model=model, optimizer=make_optimizer(model, cfg)), dict(step=0, tokens=0)
 
     def loss_fn(rows):
         cross_entropy = loss(model, *collate(rows, pad, model.device))

@@ -77,14 +77,12 @@ class Tokenizer:
     """ranks: {bytes: id} for every token but the two special ones, ids from 0 without holes."""
 
     def __init__(self, ranks: dict[bytes, int]):
-        self.ranks = ranks
-        self.eos = len(ranks)
+        self.ranks, self.eos = ranks, len(ranks)
         self.pad = len(ranks) + 1
         self.vocab_size = len(ranks) + 2
         # The names by which a model's config.json tells other libraries the special tokens.
         self.special = dict(bos_token_id=self.eos, eos_token_id=self.eos, pad_token_id=self.pad)
-        self._bpe = tiktoken.Encoding("bpe", pat_str=SPLIT, mergeable_ranks=ranks,
-                                      special_tokens={})
+        self._bpe = tiktoken.Encoding("", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text: str) -> list[int]:
         """Half a surrogate pair, which UTF-8 cannot write, becomes U+FFFD."""
