@@ -95,18 +95,6 @@ def small_multiples(panels):
     return fig
 
 
-def growth(panels, unit):
-    """panels: list of (title, sizes, {label: values}); both axes are logarithmic."""
-    fig = Picture(figsize=(3.6 * len(panels), 2.8), layout="constrained")
-    for ax, (title, sizes, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
-        for colour, (label, values) in zip(cycle(OTHERS), lines.items()):
-            ax.plot(sizes, values, marker=".", label=label, color=colour)
-        ax.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
-        ax.minorticks_off()
-        tidy(ax, title, unit, legend=True)
-    return fig
-
-
 def clouds(panels):
     """panels: list of (title, {label: [[(KL, y) of a run, ...] of a setting, ...]}): dots, means"""
     fig = Picture(figsize=(4.6 * len(panels), 3.6), layout="constrained")
