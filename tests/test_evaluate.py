@@ -10,7 +10,6 @@ import torch
 from nanorlhf import environment, evaluate, generate, tokenizer
 from nanorlhf.evaluate import (
     EvaluateConfig,
-    choices,
     compare,
     describe,
     held_out_prompts,
@@ -20,7 +19,7 @@ from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.reward import true_reward
 from nanorlhf.support import UserError, data
-from nanorlhf.support.groups import score_rows
+from nanorlhf.support.groups import choices, score_rows
 from nanorlhf.support.stats import distinct, win_rate
 
 CFG = EvaluateConfig(device="cpu", dtype="float32", max_new_tokens=12)
@@ -78,9 +77,10 @@ def test_a_choice_of_neither_kind_is_named_by_line(tmp_path):
     path = write_choices(tmp_path / "c.jsonl", "first", "left")
     with pytest.raises(UserError, match=r"c.jsonl:2: .*first, second or tie, came 'left'"):
         choices(path)
-    path.write_text('{"prompt": "p"}\n')
-    with pytest.raises(UserError, match=r"c.jsonl:1: .*came None"):
-        choices(path)
+    for line, came in ('{"prompt": "p"}', "None"), ('{"choice": ["tie"]}', r"\['tie'\]"):
+        path.write_text(line + "\n")
+        with pytest.raises(UserError, match=f"c.jsonl:1: .*came {came}$"):
+            choices(path)
 
 
 # --- what a response is like ---
@@ -189,7 +189,7 @@ def test_the_micro_batch_size_bounds_what_is_in_memory_and_changes_no_result(
     """How many responses are sampled, scored and measured at once, and what comes of them."""
     models, prompts = (make_model(tok), make_model(tok, seed=1)), environment.prompts(10)
     sampled, scored, measured = [], [], []
-    sample, logprobs, truth = generate.generate, evaluate.response_logprobs, true_reward(tok)
+    sample, logprobs, truth = generate.generate, evaluate.whole_logprobs, true_reward(tok)
 
     def judge(tokens, prompt_len, mask):
         scored.append(len(tokens))
@@ -200,8 +200,8 @@ def test_the_micro_batch_size_bounds_what_is_in_memory_and_changes_no_result(
     )
     monkeypatch.setattr(
         evaluate,
-        "response_logprobs",
-        lambda m, tokens, *a: measured.append(len(tokens)) or logprobs(m, tokens, *a),
+        "whole_logprobs",
+        lambda m, tokens, *a, **k: measured.append(len(tokens)) or logprobs(m, tokens, *a, **k),
     )
     whole = compare(*models, tok, prompts, judge, CFG)
     assert sampled == scored == [10, 10]

@@ -60,7 +60,7 @@ def choices(path):
     """A file of human choices. -> scores of the first and of the second, one each a comparison"""
     scores, pairs = dict(first=(1.0, 0.0), second=(0.0, 1.0), tie=(0.5, 0.5)), []
     for where, record in data.read_json_lines(path):
-        if (choice := str(record.get("choice"))) not in scores:
+        if (choice := record.get("choice")) not in [*scores]:
             raise UserError(f"{where}: expected choice to be first, second or tie, came {choice!r}")
         pairs.append(scores[choice])
     return tuple(zip(*pairs))
