@@ -212,7 +212,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_a_config_of_another_family(tmp_path):
     damage(tmp_path, config={"n_embd": None})
-    with pytest.raises(UserError, match="config.json is no GPT-2 configuration.*n_embd"):
+    with pytest.raises(UserError, match="config.json: n_embd is None, expected 1 to"):
         GPT.load(tmp_path)
 
 
@@ -239,13 +239,13 @@ def test_a_gpt2_whose_head_is_another_matrix(tmp_path):
 
 def test_a_weight_that_is_missing(tmp_path):
     damage(tmp_path, without=["transformer.h.1.mlp.c_fc.bias"])
-    with pytest.raises(UserError, match="no weight transformer.h.1.mlp.c_fc.bias.*GPT-2 of config"):
+    with pytest.raises(UserError, match="transformer.h.1.mlp.c_fc.bias, .*no such weight"):
         GPT.load(tmp_path)
 
 
 def test_a_weight_of_another_shape(tmp_path):
     damage(tmp_path, **{"transformer.wpe.weight": torch.zeros(5, 16)})
-    with pytest.raises(UserError, match=r"wpe.weight is \(5, 16\), .* asks for \(12, 16\)"):
+    with pytest.raises(UserError, match=r"config.json\'s .*wpe.weight, \(12, 16\), came \(5, 16\)"):
         GPT.load(tmp_path)
 
 
@@ -260,26 +260,26 @@ def test_a_reward_model_in_the_place_of_a_language_model_is_refused(tmp_path):
 @pytest.mark.parametrize("value", [-1, 2**70, 1.0, True, "16", [16]])
 def test_a_size_that_is_none(tmp_path, name, value):
     damage(tmp_path, config={name: value})
-    with pytest.raises(UserError, match=f"config.json: expected {name} from 1 to "):
+    with pytest.raises(UserError, match=f"config.json: {name} is .*, expected 1 to "):
         GPT.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "n_positions", "n_embd"])
 def test_a_size_beyond_all_memory_is_refused_before_any_is_taken(tmp_path, name):
     damage(tmp_path, config={name: 2**24})
-    with pytest.raises(UserError, match=f"config.json asks for .*{2**24}"):
+    with pytest.raises(UserError, match=f"expected config.json's .*{2**24}"):
         GPT.load(tmp_path)
 
 
 def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path):
     damage(tmp_path, config={"n_layer": 10**9})
-    with pytest.raises(UserError, match="expected n_layer from 1 to 28, came 1000000000"):
+    with pytest.raises(UserError, match="n_layer is 1000000000, expected 1 to 28"):
         GPT.load(tmp_path)
 
 
 def test_a_matrix_that_is_none(tmp_path):
     damage(tmp_path, **{"transformer.h.0.mlp.c_fc.weight": torch.zeros(4, 2, 2)})
-    with pytest.raises(UserError, match=r"c_fc.weight is \(4, 2, 2\), .* asks for \(64, 16\)"):
+    with pytest.raises(UserError, match=r"c_fc.weight, \(64, 16\), came \(4, 2, 2\)"):
         GPT.load(tmp_path)
 
 
@@ -296,5 +296,5 @@ def test_checking_a_folder_throws_no_dice(tmp_path):
 
 def test_a_reward_model_without_its_head_is_refused_where_a_fresh_one_will_not_do(tmp_path):
     GPT(TINY).save(tmp_path)
-    with pytest.raises(UserError, match="no weight score.weight; expected a reward model"):
+    with pytest.raises(UserError, match="a reward model's score.weight, .* no such weight"):
         reward.load(tmp_path)

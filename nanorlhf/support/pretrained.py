@@ -1,11 +1,7 @@
 """Models in the layout of Hugging Face's GPT-2: saved, loaded, checked, and downloaded by name.
 
-In: a folder, or a name such as "gpt2". Out: settings and tensors that are what they should be; a
-file may come from a stranger. Published weights are downloaded once to ~/.cache/nanorlhf or where
-NANORLHF_CACHE says; HF_ENDPOINT names a mirror of huggingface.co.
-
-A broken download continues where it broke. The weights get their final name last, once their
-SHA-256 is right: a file of that name is whole, and is never asked for again.
+Files may come from a stranger, so what they say is checked. Published weights are downloaded once,
+to ~/.cache/nanorlhf or NANORLHF_CACHE, from huggingface.co or the mirror that HF_ENDPOINT names.
 """
 import hashlib
 import json
@@ -17,7 +13,6 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import torch
 from tqdm import tqdm
 
 from nanorlhf.support import UserError, checkpoint
@@ -35,9 +30,8 @@ PUBLISHED = {
 }
 TIMEOUT = 30  # seconds of silence
 # What model.py computes. Other members of GPT-2's family would load, and compute wrong numbers.
-GPT2 = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5)
-EXPECTED = dict(GPT2, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                add_cross_attention=False)
+GPT2 = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
 
 
 def save(folder, architecture, config, tensors, **extra):
@@ -45,27 +39,23 @@ def save(folder, architecture, config, tensors, **extra):
     dropout = config.pop("dropout")
     config = dict(architectures=[architecture], model_type="gpt2", **GPT2, **config,
                   embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=0.0) | extra
-    checkpoint.save(folder, config, {name: transposed(name, w).contiguous().cpu()
-                                     for name, w in tensors.items()})
+    checkpoint.save(folder, config, {name: transposed(name, w) for name, w in tensors.items()})
 
 
 def load(folder):
     """A folder, or the name of a published model -> config (a dict), {name: tensor}
     Raises UserError where there is no model, or one that model.py would compute wrongly."""
-    if folder in PUBLISHED:
-        folder = fetch(folder)
+    folder = fetch(folder) if folder in PUBLISHED else folder
     config, tensors = checkpoint.load(folder)
-    path = Path(folder) / "config.json"
-    for name, value in EXPECTED.items():
+    for name, value in GPT2.items():
         if config.get(name, value) != value:
-            raise UserError(f"{path}: expected {name} {value}, came {config[name]}")
-    # Published files name the trunk's weights without the prefix.
-    bare = "wte.", "wpe.", "h.", "ln_f."
+            raise UserError(f"{folder}/config.json: expected {name} {value}, came {config[name]}")
+    bare = "wte.", "wpe.", "h.", "ln_f."  # so published files call what is in the trunk
     tensors = {f"transformer.{name}" if name.startswith(bare) else name: transposed(name, w)
                for name, w in tensors.items()}
     head, embedding = (tensors.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise UserError(f"{path}: expected a language head tied to the embedding, came another")
+    if head is not None and embedding is not None and not head.equal(embedding):
+        raise UserError(f"{folder}: expected a language head tied to the embedding, came another")
     return {"architectures": None, **config}, tensors
 
 
@@ -76,38 +66,28 @@ def transposed(name, weight):
 
 
 def sizes(config, most, folder):
-    """The sizes in config.json. Raises UserError where one is no number, or too large: `most` is
-    the number of tensors in the file, and no model has more layers."""
-    path, numbers = Path(folder) / "config.json", {}
-    for name in "vocab_size", "n_positions", "n_layer", "n_head", "n_embd":
-        if name not in config:
-            raise UserError(f"{path} is no GPT-2 configuration: it has no '{name}'")
-        n, limit = config[name], most if name == "n_layer" else 2**24
+    """The sizes in config.json. Raises UserError for too large ones; `most` is that of layers."""
+    names = "vocab_size", "n_positions", "n_layer", "n_head", "n_embd"
+    for name in names:
+        n, limit = config.get(name), most if name == "n_layer" else 2**24
         if type(n) is not int or not 1 <= n <= limit:
-            raise UserError(f"{path}: expected {name} from 1 to {limit}, came {n!r:.60}")
-        numbers[name] = n
-    return numbers
+            raise UserError(f"{folder}/config.json: {name} is {n!r:.60}, expected 1 to {limit}")
+    return {name: config[name] for name in names}
 
 
 def check(tensors, expected, needed, folder):
-    """Raise UserError where tensors have other shapes than `expected`, or one is missing whose name
-    starts with `needed`."""
+    """Raise UserError where a tensor has another shape, or one is missing and its name `needed`."""
     if "score.weight" in tensors and "score.weight" not in expected:
-        raise UserError(f"{folder}: expected a language model, came one with a scalar head: a "
-                        "reward model or a critic")
+        raise UserError(f"{folder}: expected a language model, came one with a scalar head")
     for name, weight in expected.items():
-        if name not in tensors:
-            if not name.startswith(needed):
-                continue
-            kind = "reward model" if name == "score.weight" else "GPT-2 of config.json's size"
-            raise UserError(f"{folder} holds no weight {name}; expected a {kind}")
-        if tensors[name].shape != weight.shape:
-            raise UserError(f"{folder}: {name} is {tuple(tensors[name].shape)}, config.json asks "
-                            f"for {tuple(weight.shape)}")
+        came = tuple(tensors[name].shape) if name in tensors else "no such weight"
+        if came != tuple(weight.shape) and (name in tensors or name.startswith(needed)):
+            kind = "a reward model's" if name == "score.weight" else "config.json's"
+            raise UserError(f"{folder}: expected {kind} {name}, {tuple(weight.shape)}, came {came}")
 
 
 def fetch(name):
-    """The folder with a published model, which is downloaded if it is not there. -> Path"""
+    """The folder of a published model, downloaded once; a file of the final name is whole."""
     revision, sha256, n_layer, n_head, n_embd = PUBLISHED[name]
     host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{host}/openai-community/{name}/resolve/{revision}/model.safetensors"
@@ -115,53 +95,41 @@ def fetch(name):
     weights, part = folder / "model.safetensors", folder / "model.safetensors.part"
     if weights.exists():
         return folder
-
     config = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", **GPT2, vocab_size=50257,
                   n_positions=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(config))
         came = download(url, part)
         if came != sha256:
             part.unlink(missing_ok=True)
-            raise UserError(f"{url}: expected a file of SHA-256 {sha256}, came {came}, and it is "
-                            "removed; the same command starts again from the beginning")
+            raise ValueError(f"expected a file of SHA-256 {sha256}, came {came}, and it is removed")
         with suppress(FileNotFoundError):  # another process was first
             os.replace(part, weights)
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: HF_ENDPOINT is no URL
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: or HF_ENDPOINT is no URL
         arrived = part.stat().st_size if part.exists() else 0
         raise UserError(f"cannot download {url} to {folder}: {error}; {arrived:,} bytes have "
-                        "arrived, and the same command continues from there; without a network, "
-                        "put the file there by hand") from None
+                        "arrived: try again to go on, or put the file there by hand") from None
     return folder
 
 
 def download(url, part):
     """Complete the file `part` with what it lacks. -> SHA-256 of the whole"""
-    # Opened without truncating, for two processes may be at it: a revision never changes, so they
-    # write the same bytes to the same places.
-    part.touch()
+    part.touch()  # and never truncated: of two processes, both write the same bytes to one place
     with open(part, "r+b") as file:
         start = file.seek(0, os.SEEK_END)
         request = Request(url, headers={"Range": f"bytes={start}-", "User-Agent": "nanorlhf"})
         try:
             with urlopen(request, timeout=TIMEOUT) as answer:
-                receive(answer, file, start)
+                if answer.status != 206:  # a server that knows no ranges sends it all again
+                    file.seek(0)
+                with tqdm.wrapattr(answer, "read", answer.length, disable=None) as body:
+                    shutil.copyfileobj(body, file)
+                if answer.length:  # what was announced and has not come
+                    raise OSError(f"the connection broke, {answer.length:,} bytes are missing")
         except HTTPError as error:
             if error.code != 416:  # which says that nothing is missing
                 raise
         file.seek(0)
         os.fsync(file.fileno())  # else a power cut may keep the final name and lose the content
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def receive(answer, file, start):
-    """Write what comes to the file, behind its first `start` bytes."""
-    if answer.status != 206:  # a server that knows no ranges sends it all again
-        start = file.seek(0)
-    total = start + (answer.length or 0)
-    with tqdm.wrapattr(answer, "read", total, initial=start, desc="download", disable=None,
-                       leave=False) as body:
-        shutil.copyfileobj(body, file)
-    if answer.length:  # what was announced and has not come
-        raise OSError(f"the connection broke, {answer.length:,} bytes of {total:,} are missing")
