@@ -117,7 +117,7 @@ def parse(cls, argv=None):
     for name, value in vars(values).items():
         low, high = ranges.get(name, (-inf, inf))
         if isinstance(value, int | float) and not low <= value <= high:  # NaN is in no range
-            limits = f"{low} to {high}" if high < 10**9 else f"{low} or more"
+            limits = f"{low} or more" if high in (10**9, inf) else f"{low} to {high}"
             limits = "a number above 0" if low == 1e-9 else limits
             raise UserError(f"--{name.replace('_', '-')}: expected {limits}, came {value}")
     return cls(**vars(values))
