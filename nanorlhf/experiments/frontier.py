@@ -1,15 +1,13 @@
-"""How much true reward does each method reach, and how far from the SFT model does it have to go?
+"""How much true reward does each method reach, and how far from the SFT model does it go for it?
 
-    python -m nanorlhf.experiments.frontier             every method at every place of its dial
-    python -m nanorlhf.experiments.frontier --quick     one seed, short runs, half of the places
+    python -m nanorlhf.experiments.frontier             five seeds; --quick: one seed, short runs
 
-A dial is the one setting that decides how far a method moves: the weight of the KL penalty for the
-policy gradients, beta for DPO and ILQL, n for best-of-n. Distance is KL in nats a response.
-Out: frontier.csv, frontier.png with true reward and win rate over KL, and a table.
+A dial is the setting that decides how far a method moves: n of best-of-n, beta of DPO and ILQL, the
+weight of the KL penalty of the others. Out: frontier.csv, frontier.png, and a table.
 """
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,31 +15,24 @@ import torch
 from torch import Tensor
 
 from nanorlhf import dpo, environment, ilql, ppo, reward
+from nanorlhf.evaluate import EvaluateConfig, compare
 from nanorlhf.experiments import study
 from nanorlhf.generate import generate_rows
-from nanorlhf.model import QGPT, load_policy
+from nanorlhf.model import load_policy
 from nanorlhf.support import plotting
 from nanorlhf.support.config import setup
 from nanorlhf.support.runlog import RunLog
-from nanorlhf.support.stats import standardise
 
+# --- the methods: each yields a row for every place of its dial ----------------------------------
 
-@dataclass
-class FrontierConfig(study.StudyConfig):
-    """Compare all methods: true reward and win rate at several distances from the SFT model."""
-    out: str = "out/frontier"         # the folder of the results
-    seeds: int = 5                    # runs of each setting; the first has the seed --seed
-
-
-# --- the methods: yields a row for each place of its dial --------------------------------------
 
 def policy_gradient(cfg, seed, dial, **settings):
     """PPO's loop with any of the advantages; the dial is kl_coef. settings: of PPOConfig"""
     for kl_coef in dial:
-        rate = LEARNING_RATES.get(kl_coef, ppo.PPOConfig.learning_rate)
-        trained = train_policy(cfg, seed, RunLog(), **dict(
-            kl_coef=kl_coef, learning_rate=rate, steps=cfg.steps) | settings)
-        yield dict(dial=kl_coef, **study.evaluate_policy(*trained, cfg, seed))
+        # At a heavy penalty and the default rate, the noise of the gradient alone would cost a nat.
+        rate = {1.0: 2e-4, 0.3: 2e-4, 0.1: 3e-4}.get(kl_coef, ppo.PPOConfig.learning_rate)
+        usual = dict(kl_coef=kl_coef, learning_rate=rate, steps=cfg.steps)
+        yield measure(*train_policy(cfg, seed, RunLog(), **usual | settings), cfg, seed, kl_coef)
 
 
 def train_policy(cfg, seed, log, **settings):
@@ -64,24 +55,28 @@ def run_dpo(cfg, seed, dial):
     for beta in dial:
         policy = copy.deepcopy(reference)
         dpo.train(policy, reference, groups, tok.pad, replace(stage, beta=beta), RunLog())
-        yield dict(dial=beta, **study.evaluate_policy(policy, reference, tok, cfg, seed))
+        yield measure(policy, reference, tok, cfg, seed, beta)
 
 
 def run_ilql(cfg, seed, dial):
     """The dial is beta. It acts only when the model writes, so one training serves all places."""
-    stage = ilql.ILQLConfig(seed=seed, prompts=cfg.prompts, device=cfg.device, dtype=cfg.dtype)
-    reference, tok = load_policy(cfg.sft, setup(stage))
-    prompts = [tok.encode(p) for p in environment.prompts(cfg.prompts, seed)]
-    rows = generate_rows(reference, prompts, stage.max_new_tokens, tok.eos, tok.pad,
-                         G=stage.responses, dtype=cfg.dtype)
-    score = reward.by_model(reward.load_for(cfg.rm, reference, tok))
-    scores = reward.score_rows(score, rows, tok.pad, reference.device, cfg.dtype)
-    policy = QGPT(reference.config).to(reference.device)
-    policy.transformer.load_state_dict(reference.transformer.state_dict())
-    ilql.train(policy, rows, standardise(scores), tok.pad, stage, RunLog())
+    folder = f"{cfg.out}/ilql-{seed}"
+    ilql.main(ilql.ILQLConfig(seed=seed, prompts=cfg.prompts, device=cfg.device, dtype=cfg.dtype,
+                              sft=cfg.sft, rm=cfg.rm, out=folder, overwrite=True))
+    reference, tok = load_policy(cfg.sft, setup(replace(cfg, seed=seed)))
+    policy, _ = load_policy(folder, reference.device)
     for beta in dial:
         policy.beta.fill_(beta)
-        yield dict(dial=beta, **study.evaluate_policy(policy, reference, tok, cfg, seed))
+        yield measure(policy, reference, tok, cfg, seed, beta)
+
+
+def measure(policy, reference, tok, cfg, seed, dial):
+    """On held-out prompts: KL in nats a response, mean true reward, win rate over the reference."""
+    prompts = environment.prompts(cfg.eval_prompts, seed, held_out=True)
+    result = compare(policy, reference, tok, prompts, reward.true_reward(tok),
+                     EvaluateConfig(seed=seed, dtype=cfg.dtype))
+    return dict(dial=dial, kl=result["kl_policy"], gold=result["score_policy"],
+                win_rate=result["win_rate"])
 
 
 def run_best_of_n(cfg, seed, dial, pool=32):
@@ -101,11 +96,7 @@ def run_best_of_n(cfg, seed, dial, pool=32):
 
 
 def best_of_n(scores: Tensor, n: int) -> Tensor:
-    """The probability of each response in a pool to be the best of n drawn from it; ties share.
-
-    So the reward of best-of-n is a mean over the pool, and its KL is the mean of
-    log(N probability), to which best_of_n_kl can be compared. scores (P, N) -> (P, N)
-    """
+    """The chance of each of N responses to be the best of n drawn; ties share. (P, N) -> (P, N)"""
     one, other = scores[:, :, None], scores[:, None, :]
     below, up_to = (other < one).double().mean(2), (other <= one).double().mean(2)
     tied = (up_to - below) * scores.shape[1]
@@ -113,36 +104,30 @@ def best_of_n(scores: Tensor, n: int) -> Tensor:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best of n samples || one sample) in nats, log n - (n - 1) / n, whatever the model.
-
-    Exact where no two responses score the same, and an upper bound otherwise (Stiennon et al. 2020,
-    appendix G.3; Beirami et al. 2024).
-    """
+    """KL of best-of-n in nats; with ties, an upper bound (Stiennon et al. 2020, appendix G.3)."""
     return math.log(n) - (n - 1) / n
 
 
 # --- the study -----------------------------------------------------------------------------------
 
-# At a heavy KL penalty and the default rate, the noise of the gradient alone would cost a nat.
-LEARNING_RATES = {1.0: 2e-4, 0.3: 2e-4, 0.1: 3e-4}
-COLUMNS = "method", "dial", "seed", "kl", "gold", "win_rate"
-KL_COEFS = (1.0, 0.3, 0.05)
-METHODS = dict(
+METHODS = dict(                       # and the places of their dials
     sft=(partial(run_best_of_n, pool=1), (1,)),
     best_of_n=(run_best_of_n, (2, 4, 8, 16)),
-    ppo=(partial(policy_gradient, advantage="gae"), (1.0, 0.3, 0.1, 0.05)),
-    reinforce=(partial(policy_gradient, advantage="reinforce"), KL_COEFS),
-    rloo=(partial(policy_gradient, advantage="rloo", responses=4), KL_COEFS),
-    grpo=(partial(policy_gradient, advantage="grpo", responses=4), KL_COEFS),
+    ppo=(policy_gradient, (1.0, 0.3, 0.1, 0.05)),
+    reinforce=(partial(policy_gradient, advantage="reinforce"), (1.0, 0.3, 0.05)),
+    rloo=(partial(policy_gradient, advantage="rloo", responses=4), (1.0, 0.3, 0.05)),
+    grpo=(partial(policy_gradient, advantage="grpo", responses=4), (1.0, 0.3, 0.05)),
     dpo=(run_dpo, (1.0, 0.3, 0.1)),
     ilql=(run_ilql, (1, 2, 4, 8, 16, 32)))
 
 
 def frontier(cfg):
-    """Every method, every seed, every place of the dial."""
+    """Every method, every seed, every place of the dial; --quick: every other place."""
     jobs = {(method, seed): partial(run_one, cfg, seed, dial[::2] if cfg.quick else dial)
-            for seed in cfg.every_seed() for method, (run_one, dial) in METHODS.items()}
-    rows = study.carry_out(jobs, Path(cfg.out) / "frontier.csv", COLUMNS, ("method", "seed"))
+            for seed in range(cfg.seed, cfg.seed + cfg.seeds)
+            for method, (run_one, dial) in METHODS.items()}
+    columns = "method", "dial", "seed", "kl", "gold", "win_rate"
+    rows = study.carry_out(jobs, Path(cfg.out) / "frontier.csv", columns, ("method", "seed"))
     study.print_means(rows, ("method", "dial"))
     panels = {"True reward": {}, "Win rate over SFT": {}}
     for (method, _), same in study.grouped(rows, ("method", "dial")).items():
@@ -152,4 +137,4 @@ def frontier(cfg):
 
 
 if __name__ == "__main__":
-    study.run_study(frontier, FrontierConfig)
+    study.main(frontier, seeds=5)

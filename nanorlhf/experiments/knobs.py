@@ -1,11 +1,9 @@
-"""Which of PPO's settings matter? PPO as it is, and with one setting at a time lowered and raised.
+"""Which of PPO's settings matter? Each of them is lowered and raised, one at a time.
 
     python -m nanorlhf.experiments.knobs                three seeds; --quick: one seed, short runs
 
-Out: knobs.csv, and a table of KL, true reward and win rate for each value. Its line "none" is PPO
-with all settings at their defaults.
+Out: knobs.csv, and a table, in which "none" is PPO with all settings at their defaults.
 """
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,26 +17,17 @@ KNOBS = dict(learning_rate=(3e-4, 12e-4), critic_learning_rate=(5e-4, 2e-3), kl_
              batch_size=(32, 128), steps=(20, 80))
 
 
-@dataclass
-class KnobsConfig(study.StudyConfig):
-    """Lower and raise PPO's settings, one at a time, to see which of them matter."""
-    out: str = "out/knobs"            # the folder of the results
-
-
 def knobs(cfg):
-    """Every setting, every seed."""
-    changes = [("none", 0.0)] + [(knob, value) for knob in KNOBS for value in KNOBS[knob]]
-    jobs = {}
-    for seed in cfg.every_seed():
-        for knob, value in changes:
-            settings = dict(learning_rate=PPOConfig.learning_rate)
-            settings |= {} if knob == "none" else {knob: value}
-            jobs[knob, value, seed] = partial(policy_gradient, cfg, seed, [PPOConfig.kl_coef],
-                                              advantage="gae", **settings)
-    columns = "knob", "value", "seed", "kl", "gold", "win_rate"
+    """PPO as it is, and with every value of every setting."""
+    jobs, columns = {}, ("knob", "value", "seed", "kl", "gold", "win_rate")
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        jobs["none", 0.0, seed] = ppo = partial(policy_gradient, cfg, seed, [PPOConfig.kl_coef],
+                                                learning_rate=PPOConfig.learning_rate)
+        jobs |= {(knob, value, seed): partial(ppo, **{knob: value})
+                 for knob, values in KNOBS.items() for value in values}
     rows = study.carry_out(jobs, Path(cfg.out) / "knobs.csv", columns, columns[:3])
     study.print_means(rows, columns[:2])
 
 
 if __name__ == "__main__":
-    study.run_study(knobs, KnobsConfig)
+    study.main(knobs)
