@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -230,3 +231,11 @@ def test_a_save_is_due_now_and_then_and_at_the_end_and_never_without_a_folder(tm
     assert found == [False, False, True, False, False, True, False, True]
     bare = RunLog()
     assert not any(bare.due(step + 1, every=1) for step in bare.steps(0, 3))
+
+
+def test_a_run_in_another_thread_needs_no_signals():
+    steps = []
+    thread = threading.Thread(target=lambda: steps.extend(RunLog().steps(0, 3)))
+    thread.start()
+    thread.join()
+    assert steps == [0, 1, 2]

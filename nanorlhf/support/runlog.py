@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,7 +71,8 @@ class RunLog:
         self.ends, self.saved = (start, stop - 1), start
         self.every = self.every or max(1, stop // 20)
         bar = tqdm(total=stop, initial=start, disable=parallel.rank() > 0 or None, leave=False)
-        before = signal.signal(signal.SIGINT, self.interrupt)
+        in_main = threading.current_thread() is threading.main_thread()  # others get no signals
+        before = signal.signal(signal.SIGINT, self.interrupt) if in_main else None
         try:
             for step in range(start, stop):
                 yield step
@@ -79,7 +81,8 @@ class RunLog:
                     raise KeyboardInterrupt
         finally:
             bar.close()
-            signal.signal(signal.SIGINT, before)
+            if in_main:
+                signal.signal(signal.SIGINT, before)
 
     def interrupt(self, *_):
         if self.interrupted:
