@@ -39,8 +39,7 @@ class BenchConfig(ComputeConfig):
 
 
 def main(cfg):
-    print(json.dumps({name: float(f"{x:.5g}") if isinstance(x, float) else x
-                      for name, x in measure(cfg).items()}))
+    print(json.dumps(measure(cfg)))
 
 
 def measure(cfg):
@@ -75,27 +74,26 @@ def time_rounds(cfg, policy):
         micro_batch_size=cfg.micro_batch_size, max_new_tokens=cfg.response)
     optimizers, score = ppo.make_optimizers(policy, critic, stage), reward.by_model(reward_model)
     prompts = torch.randint(cfg.vocab, (cfg.batch, cfg.prompt)).tolist()
-    generation, collect, update = map(Timed, (ppo.generate_rows, ppo.collect, ppo.update))
-    with patch.object(ppo, "generate_rows", generation):       # the one that ppo.collect calls
+    seconds = [], [], []
+    generate, collect, update = map(timed, (ppo.generate_rows, ppo.collect, ppo.update), seconds)
+    with patch.object(ppo, "generate_rows", generate):         # the one that ppo.collect calls
         for _ in range(cfg.iters + 1):
             # No token is the end token -1, so every response has the full length.
             rollout = collect(policy, reference, critic, score, prompts, stage, 0.1, eos=-1, pad=0)
             update(policy, critic, optimizers, rollout, stage)
-    return generation.seconds, collect.seconds, update.seconds
+    return seconds
 
 
-class Timed:
-    """A function that keeps the seconds that each call took, until the device had finished."""
-    def __init__(self, function):
-        self.function, self.seconds = function, []
-
-    def __call__(self, *args, **kwargs):
+def timed(function, seconds):
+    """The function, which notes in the list how long each call took, until the GPU was done."""
+    def call(*args, **kwargs):
         began = time.perf_counter()
-        result = self.function(*args, **kwargs)
+        result = function(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - began)
         return result
+    return call
 
 
 def peak_memory(device):
@@ -105,19 +103,19 @@ def peak_memory(device):
     if sys.platform == "win32":
         return 0
     import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def limits(device, dtype):
     """Operations a second of a large matrix product, bytes a second of a copy: the best of ten."""
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    b = torch.ones(2 ** 26, device=device)
-    product, copying = Timed(torch.mm), Timed(torch.empty_like(b).copy_)
+    b, c = torch.ones(2, 2 ** 26, device=device)
+    products, copies = [], []
     for _ in range(10):
-        product(a, a)
-        copying(b)
-    return 2 * len(a) ** 3 / min(product.seconds), 2 * b.nbytes / min(copying.seconds)
+        timed(torch.mm, products)(a, a)
+        timed(c.copy_, copies)(b)
+    return 2 * len(a) ** 3 / min(products), 2 * b.nbytes / min(copies)
 
 
 def update_flops(cfg):

@@ -2,8 +2,8 @@
 
     python -m nanorlhf.experiments.claims
 
-Out: a line for each claim, with the result, what was expected, and whether it holds. The limits
-have held for every seed so far, so one seed is enough.
+Out: a line for each claim, with the result, what was expected, and whether it holds. One seed is
+enough: the limits have held for every seed so far.
 """
 import json
 import shlex

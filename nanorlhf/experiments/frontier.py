@@ -23,11 +23,9 @@ from nanorlhf.support import plotting
 from nanorlhf.support.config import setup
 from nanorlhf.support.runlog import RunLog
 
-# --- the methods: each yields a row for every place of its dial ----------------------------------
-
 
 def policy_gradient(cfg, seed, dial, **settings):
-    """PPO's loop with any of the advantages; the dial is kl_coef. settings: of PPOConfig"""
+    """PPO's loop; the dial is kl_coef. Like all methods, yields a row for each place of it."""
     for kl_coef in dial:
         # At a heavy penalty and the default rate, the noise of the gradient alone would cost a nat.
         rate = {1.0: 2e-4, 0.3: 2e-4, 0.1: 3e-4}.get(kl_coef, ppo.PPOConfig.learning_rate)
@@ -107,8 +105,6 @@ def best_of_n_kl(n: int) -> float:
     """KL of best-of-n in nats; with ties, an upper bound (Stiennon et al. 2020, appendix G.3)."""
     return math.log(n) - (n - 1) / n
 
-
-# --- the study -----------------------------------------------------------------------------------
 
 METHODS = dict(                       # and the places of their dials
     sft=(partial(run_best_of_n, pool=1), (1,)),

@@ -2,10 +2,9 @@
 
     python -m nanorlhf.experiments.overoptimise         three seeds; --quick: one seed, short runs
 
-A policy that is trained far leaves the responses that its reward model learnt from: its score goes
-on rising while its true reward falls. Here reward models that learnt from 100 to 6,400 comparisons
-are used by PPO without a KL penalty and by best-of-n. Out: overoptimise.csv, overoptimise.png, and
-a table with two laws fitted to the gain in true reward over d = sqrt(KL).
+Reward models that learnt from 100 to 6,400 comparisons are used by PPO without a KL penalty, whose
+score goes on rising while its true reward falls, and by best-of-n. Out: overoptimise.csv,
+overoptimise.png, and a table with two laws fitted to the gain in true reward over d = sqrt(KL).
 """
 from dataclasses import replace
 from functools import partial
@@ -50,7 +49,8 @@ def overoptimise(cfg):
 
 def run_both(cfg, labels, likes_length, seed):
     """Train one reward model, and use it for PPO and for best-of-n. -> rows"""
-    cfg = replace(cfg, rm=train_reward_model(cfg, labels, likes_length, seed))
+    cfg = replace(cfg, rm=f"{cfg.out}/rm-{labels}-{likes_length:g}-{seed}")
+    train_reward_model(cfg, labels, likes_length, seed)
     rounds = follow_ppo(cfg, seed)
     for i in range(0, len(rounds), WINDOW):
         yield {name: mean(row[name] for row in rounds[i:i + WINDOW]) for name in rounds[0]}
@@ -60,7 +60,7 @@ def run_both(cfg, labels, likes_length, seed):
 
 
 def train_reward_model(cfg, labels, likes_length, seed):
-    """A reward model from so many comparisons, in a folder of its own. -> the folder"""
+    """A reward model from so many comparisons, saved in cfg.rm."""
     prompts = -(-labels // 6)            # four responses to each, and six comparisons of them
     # Few comparisons are seen several times, or the head would stay close to its random start.
     stage = reward.RMConfig(likes_length=likes_length, seed=seed, device=cfg.device,
@@ -72,9 +72,7 @@ def train_reward_model(cfg, labels, likes_length, seed):
     prompts = [tok.encode(p) for p in environment.prompts(256, seed)]
     rows = generate_rows(sft, prompts, 80, tok.eos, tok.pad, dtype=cfg.dtype)
     reward.normalise(model, rows, tok.pad, cfg.dtype)
-    folder = f"{cfg.out}/rm-{labels}-{likes_length:g}-{seed}"
-    model.save(folder, tok)
-    return folder
+    model.save(cfg.rm, tok)
 
 
 def follow_ppo(cfg, seed):
