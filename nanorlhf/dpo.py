@@ -47,8 +47,8 @@ def dpo_loss(chosen_logprobs: Tensor, rejected_logprobs: Tensor, ref_chosen_logp
 
 
 def loss_of(policy: GPT, reference: GPT, groups: list, pad: int, beta: float):
-    """The loss of some comparisons, groups as in reward.py. -> loss, metrics"""
-    rows, i, j = flatten(groups)                                       # i: chosen, j: rejected
+    """The loss of some comparisons, groups as in support/groups.py. -> loss, metrics"""
+    rows, i, j = flatten(groups)                   # i: where the chosen rows stand, j: the rejected
     batch = collate(rows, pad, policy.device)
     logprobs = whole_logprobs(policy, *batch)
     with torch.no_grad():
@@ -100,7 +100,9 @@ def main(cfg: DPOConfig):
     policy.save(cfg.out, tok)
 
     score = implicit_reward(policy, reference, cfg.beta)
-    s = log.finish(**summary, **reward.report(score, held_out, tok.pad, device, cfg.dtype)[0])
+    metrics, _ = reward.report(score, held_out, tok.pad, device, cfg.dtype,
+                               cfg.micro_batch_size or 64)
+    s = log.finish(**summary, **metrics)
     shown = prompts_of(held_out[:3], policy.config.n_positions - cfg.max_new_tokens)
     samples(cfg.out, *(generate_texts(model, tok, shown, cfg.max_new_tokens, seed=cfg.seed)
                        for model in (reference, policy)))

@@ -92,15 +92,14 @@ def main(cfg):
     judge = (reward.true_reward(tok) if cfg.judge == "env" else
              reward.by_model(reward.load_for(cfg.judge, policy, tok)))
     prompts = held_out_prompts(cfg.data, cfg.prompts, cfg.seed)
-    summary = compare(policy, against, tok, prompts, judge, cfg)
-    print(f"win rate {summary['win_rate']:.3f} (95 %: {summary['win_rate_low']:.3f} to "
-          f"{summary['win_rate_high']:.3f}) over {len(prompts)} held-out prompts, by {cfg.judge}\n")
     if cfg.out:
         open_run(cfg.out, cfg, overwrite=cfg.overwrite)
-        RunLog(cfg.out).finish(**summary)
-    names = [key.removesuffix("_policy") for key in summary if key.endswith("_policy")]
+    log = RunLog(cfg.out)
+    summary = log.finish(**compare(policy, against, tok, prompts, judge, cfg))
+    print(f"win rate {summary['win_rate']:.3f} (95 %: {summary['win_rate_low']:.3f} to "
+          f"{summary['win_rate_high']:.3f}) over {len(prompts)} held-out prompts, by {cfg.judge}\n")
     print(f"{'':16}{cfg.policy:>14}{cfg.against:>14}")
-    for name in names:
+    for name in [key.removesuffix("_policy") for key in summary if key.endswith("_policy")]:
         print(f"{name:16}{summary[name + '_policy']:14.3f}{summary[name + '_against']:14.3f}")
 
 

@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)
-        x, mask = F.dropout(x, self.config.dropout, self.training), None         # None is causal
+        x, mask = F.dropout(x, self.config.dropout, self.training), None      # no mask is causal
         if cache is not None:
             S = cache.k[0].shape[2]
             mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)

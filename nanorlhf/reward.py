@@ -70,7 +70,8 @@ def compare_samples(sft: GPT, tok, n: int, k: int, cfg: ComparisonConfig, held_o
     annotator = environment.Annotator(cfg.annotator_temperature, cfg.likes_length)
     rng, groups, ceilings = random.Random(cfg.seed), [], []
     for prompt, group in zip(prompts, in_parts(rows, k), strict=True):
-        choices = annotator.compare(prompt, [tok.decode(t[n:]) for t, n in group], rng)
+        responses = [tok.decode(tokens[prompt_len:]) for tokens, prompt_len in group]
+        choices = annotator.compare(prompt, responses, rng)
         groups.append((group, [(chosen, rejected) for chosen, rejected, _ in choices]))
         ceilings += [ceiling for *_, ceiling in choices]
     return groups, sum(ceilings) / len(ceilings)
@@ -113,10 +114,10 @@ def normalise(model: ScalarGPT, rows: list, pad: int, dtype: str) -> tuple[float
     return mean.item(), std.item()
 
 
-def report(score, groups: list, pad: int, device, dtype: str) -> tuple[dict, Tensor]:
+def report(score, groups: list, pad: int, device, dtype: str, batch_size: int = 64):
     """What held-out comparisons say of a score function. -> metrics, the margin of each pair"""
     rows, chosen, rejected = flatten(groups)
-    scores = score_rows(score, rows, pad, device, dtype).cpu().double()
+    scores = score_rows(score, rows, pad, device, dtype, batch_size).cpu().double()
     lengths = torch.tensor([float(len(tokens)) for tokens, _ in rows])
     margin, n = scores[chosen] - scores[rejected], len(chosen)
     accuracy, longer = accuracy_of(margin).item(), accuracy_of(lengths[chosen] - lengths[rejected])

@@ -56,7 +56,7 @@ def train(model: GPT, rows: list, held_out: list, pad: int, cfg: SFTConfig, log)
     for batch in loop.batches(rows, parts, loop.cosine, cfg, log, state):
         model.train()
         metrics = loop.step(loss_fn, batch, response_len, parts, cfg)
-        if (state["step"] + 1) % cfg.save_every == 0:
+        if state["step"] + 1 == cfg.steps or (state["step"] + 1) % cfg.save_every == 0:
             metrics["held_out_loss"] = held_out_loss(model, held_out, pad, cfg)
         log.write(state["step"], **metrics)
     final = held_out_loss(model, held_out, pad, cfg)

@@ -1,9 +1,4 @@
-"""The fast forms of what the course writes plainly. Tests hold each to its plain form.
-
-    rows_at_a_time     a function of logits, without ever holding a float32 copy of all of them
-    decode             many decoding steps: stop early, drop rows that have ended, CUDA graphs
-    rows_that_fit      how many responses to sample at once
-"""
+"""The fast forms of what the course writes plainly. Tests hold each to its plain form."""
 from functools import partial
 
 import torch
@@ -41,8 +36,7 @@ class _RowsAtATime(torch.autograd.Function):
 
 
 def chunks(logits, *others):
-    """Parts of logits (N, V), and of others alike: 4 MB in float32, which stay in a CPU's cache,
-    or 64 MB, which keep a GPU busy."""
+    """Parts of logits (N, V) and of others: 4 MB, for a CPU's cache, or 64 MB, to keep a GPU busy"""
     n = max(1, (2**20 if logits.device.type == "cpu" else 2**24) // logits.shape[-1])
     return zip(*(x.split(n) for x in (logits, *others)))
 

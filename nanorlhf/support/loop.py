@@ -6,8 +6,7 @@
         metrics = step(loss_fn, batch, weight, parts, cfg)
         log.write(state["step"], **metrics)
 
-`parts` is all that a save must hold: models and optimizers, by name. `state` holds the numbers that
-go with them.
+`parts` is what a save must hold: models and optimizers, by name. `state` holds numbers beside them.
 """
 import math
 from collections import Counter
@@ -51,12 +50,11 @@ def batches(items, parts, schedule, cfg, log, state, rows_of=lambda row: [row], 
     schedule: linear or cosine; rows_of: item of a batch -> its rows (tokens, prompt_len);
     batch_size: in items, cfg.batch_size if 0
     """
-    batch_size = batch_size or cfg.batch_size
-    steps = cfg.steps or math.ceil(len(items) / batch_size)
-
     def length(item):                     # items of similar length share a batch
         return max(len(tokens) for tokens, _ in rows_of(item))
 
+    batch_size = batch_size or cfg.batch_size
+    steps = cfg.steps or math.ceil(len(items) / batch_size)
     if cfg.resume:
         state |= checkpoint.load_state(cfg.out, parts)
     source = endless(items, batch_size, cfg.seed, state["step"], length)
@@ -79,8 +77,8 @@ def step(loss_fn, batch, weight, parts, cfg):
     loss_fn: part of a batch -> loss, metrics; both are means over the tokens (or the pairs) in it
     weight:  part of a batch -> how many tokens (or pairs) that are
 
-    Each part counts by its share of the whole batch. So the gradient is the one of the whole batch,
-    however many parts, or processes, it is split into.
+    Each part counts by its share of the batch, so the gradient is that of the whole batch, however
+    many parts, or processes, it is split into.
     """
     for optimizer in optimizers(parts).values():
         optimizer.zero_grad()

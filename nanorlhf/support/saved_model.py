@@ -1,7 +1,4 @@
-"""What every network of the course shares: saving, loading and growing the vocabulary.
-
-The files are those of Hugging Face's GPT-2: config.json and model.safetensors.
-"""
+"""What every network of the course shares: saving, loading and growing the vocabulary."""
 from dataclasses import asdict, replace
 
 import torch
@@ -43,8 +40,7 @@ class SavedModel(nn.Module):
         """The model in a folder, or GPT-2 by the name "gpt2", "gpt2-medium" and so on; eval mode.
 
         A scalar head that the folder lacks stays newly initialised, unless fresh_head is False:
-        that is how a reward model starts from a language model. Never the other way round.
-        Raises UserError where the folder holds no model of this kind.
+        so a reward model starts from a language model. Raises UserError where this is no such model.
         """
         config, tensors = pretrained.load(folder)
         for kind in cls.__subclasses__():                 # a QGPT is a GPT as well
