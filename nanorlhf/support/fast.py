@@ -36,7 +36,7 @@ class _RowsAtATime(torch.autograd.Function):
 
 
 def chunks(logits, *others):
-    """Parts of logits (N, V) and of others: 4 MB, for a CPU's cache, or 64 MB, to keep a GPU busy"""
+    """Parts of logits (N, V) and others: 4 MB for a CPU's cache, 64 MB to keep a GPU busy."""
     n = max(1, (2**20 if logits.device.type == "cpu" else 2**24) // logits.shape[-1])
     return zip(*(x.split(n) for x in (logits, *others)))
 

@@ -40,7 +40,7 @@ class SavedModel(nn.Module):
         """The model in a folder, or GPT-2 by the name "gpt2", "gpt2-medium" and so on; eval mode.
 
         A scalar head that the folder lacks stays newly initialised, unless fresh_head is False:
-        so a reward model starts from a language model. Raises UserError where this is no such model.
+        so a reward model starts from a language model. Raises UserError where it is no such model.
         """
         config, tensors = pretrained.load(folder)
         for kind in cls.__subclasses__():                 # a QGPT is a GPT as well
