@@ -8,7 +8,7 @@
 
 Left out on purpose: reward whitening, which made things worse where it was measured (Huang et al.
 2024); an entropy bonus, as the KL penalty already keeps the policy from collapsing; top-k and top-p
-sampling, as those tokens come from another distribution than the one that is scored.
+sampling, as then tokens come from a truncated distribution, and log-probs from the full one.
 """
 import math
 import time
@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nanorlhf import advantages
+from nanorlhf.advantages import gae, of_responses
 from nanorlhf.generate import generate_rows
 from nanorlhf.logprobs import (
     kl_k1,
@@ -46,17 +46,17 @@ class PPOConfig(SampleConfig):
     advantage: Literal["gae", "reinforce", "rloo", "grpo"] = "gae"  # all but gae need no critic
     responses: int = 1                # to each prompt; rloo and grpo compare them with each other
     steps: int = 40                   # rounds of collect and update; 0: one pass over the prompts
-    batch_size: int = 64              # responses a round
+    batch_size: int = 64              # responses per round
     epochs: int = 2                   # passes over them
-    minibatches: int = 2              # gradient steps a pass
-    learning_rate: float = 6e-4       # of the policy, at the first step; falls to zero
+    minibatches: int = 2              # gradient steps per pass
+    learning_rate: float = 6e-4       # of the policy, in the first round; falls to zero
     critic_learning_rate: float = 1e-3  # of the critic, likewise
-    kl_coef: float = 0.1              # weight of the KL penalty, score units a nat
-    kl_target: float = 0.0            # KL, in nats a response, that kl_coef adapts to; 0: fixed
+    kl_coef: float = 0.1              # weight of the KL penalty: score units per nat
+    kl_target: float = 0.0            # KL per response that kl_coef is adjusted to; 0: fixed
     gamma: float = 1.0                # discount; a response is short, so none
     lam: float = 0.95                 # GAE: 0 trusts the critic, 1 trusts the rewards
-    clip: float = 0.2                 # past a ratio of 1 +- clip, a token's gradient stops
-    value_clip: float = 0.2           # past the old value +- this, a value's gradient stops
+    clip: float = 0.2                 # a ratio that improved past 1 +- this gets no gradient
+    value_clip: float = 0.2           # a value that improved past the old +- this gets none
     temperature: float = 1.0          # of sampling, and so of every log-prob
     no_end_penalty: float = 0.0       # subtracted from the score of a response that never ends
     warmup: int = 0                   # rounds over which the learning rates rise from zero
@@ -78,7 +78,7 @@ class Rollout:
     prompt_len: Tensor      # (B,)
     mask: Tensor            # (B, R)  the tokens that the policy chose, end token included
     ended: Tensor           # (B,)    has the response an end token?
-    old_logprobs: Tensor    # (B, R)  when sampled
+    old_logprobs: Tensor    # (B, R)  under the policy, before the update
     ref_logprobs: Tensor    # (B, R)  under the frozen reference
     entropy: Tensor         # (B, R)  of the choice each token was drawn from
     scores: Tensor          # (B,)    of the whole response
@@ -103,14 +103,14 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
     score: a plain function, (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,)
     critic: None where cfg.advantage needs none
     """
-    # 1. Respond. All models are in eval mode throughout: dropout would change the log-probs.
+    # 1. Respond. All models are in eval mode, as loaded: dropout would change the log-probs.
     rows = generate_rows(policy, prompts, cfg.max_new_tokens, eos, pad, cfg.temperature,
                          cfg.responses, cfg.micro_batch_size, cfg.dtype)
     tokens, prompt_len, mask = batch = collate(rows, pad, policy.device)
     ended = tokens.new_tensor([row[-1] == eos for row, _ in rows], dtype=torch.bool)         # (B,)
 
-    # 2. Measure, as many rows at a time as an update sees. Old log-probs come from the same forward
-    #    pass as the update's, not from the sampler's, so that the ratio starts at exactly 1.
+    # 2. Measure, as many rows at a time as an update sees. Old log-probs are computed as in the
+    #    update, and not taken from the sampler, so that the ratio starts at exactly 1.
     size = cfg.micro_batch_size or math.ceil(len(rows) / cfg.minibatches)
     parts = in_parts(parallel.local_rows(torch.arange(len(rows))), size)
     measured = parallel.concatenate(
@@ -119,7 +119,7 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
 
     # 3. Reward: the score on the last token, and on every token the penalty for its KL.
     kl = kl_k1(measured["old_logprobs"], measured["ref_logprobs"])                         # (B, R)
-    scores = measured["scores"] - cfg.no_end_penalty * ~ended
+    scores = measured["scores"] - cfg.no_end_penalty * ~ended           # the log shows them without
     rewards = shape_rewards(scores, kl, mask, kl_coef)
 
     # 4. Compare with what was expected: of each token by the critic, or of the whole response by
@@ -127,13 +127,13 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
     #    targets on another scale than its values.
     if critic is None:
         penalty = kl_coef * masked(kl, mask).sum(1)                                          # (B,)
-        raw = advantages.of_responses(cfg.advantage, scores, penalty, cfg.responses)         # (B,)
-        better = dict(advantages=raw[:, None].expand_as(rewards))
+        raw = of_responses(cfg.advantage, scores, penalty, cfg.responses)                    # (B,)
+        targets = dict(advantages=raw[:, None].expand_as(rewards))
     else:
         values = measured["old_values"]
-        raw = advantages.gae(rewards, values, mask, cfg.gamma, cfg.lam)                    # (B, R)
-        better = dict(advantages=whiten(raw, mask), returns=raw + values)
-    return Rollout(tokens, prompt_len, mask, ended, rewards=rewards, **better, **measured)
+        raw = gae(rewards, values, mask, cfg.gamma, cfg.lam)                               # (B, R)
+        targets = dict(advantages=whiten(raw, mask), returns=raw + values)
+    return Rollout(tokens, prompt_len, mask, ended, rewards=rewards, **targets, **measured)
 
 
 def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
@@ -183,14 +183,14 @@ def update(policy, critic, optimizers: dict, rollout: Rollout, cfg: PPOConfig) -
     """A few epochs of gradient steps over one rollout. -> metrics, means over the steps
 
     Raises RuntimeError if the ratio was not 1 before the first step, when nothing had changed: then
-    sampler and scorer differ, in temperature, dropout, or by one position.
+    collect and update compute log-probs differently, for example because dropout is on.
     """
     history = []
     for _ in range(cfg.epochs):
         for rows in torch.randperm(len(rollout)).chunk(cfg.minibatches):
             history.append(step(policy, critic, optimizers, rollout[rows], cfg))
-            if not (gap := float(history[0]["ratio_gap"])) < 0.01:           # bfloat16 may round
-                raise RuntimeError(f"expected a first ratio of 1, came one {gap:.3g} away from it")
+    if not (gap := float(history[0]["ratio_gap"])) < 0.01:  # bfloat16 may round; NaN is caught too
+        raise RuntimeError(f"expected a first ratio of 1, came one {gap:.3g} away from it")
     return {name: sum(float(m[name]) for m in history) / len(history) for name in history[0]}
 
 
@@ -217,7 +217,7 @@ def diagnose(logprobs: Tensor, batch: Rollout, clip: float) -> dict:
     return dict(
         ratio_gap=masked_mean((ratio - 1).abs(), batch.mask),
         clip_frac=masked_mean(((ratio - 1).abs() > clip).float(), batch.mask),
-        approx_kl=masked_mean(kl_k3(batch.old_logprobs, logprobs), batch.mask))   # old from new
+        approx_kl=masked_mean(kl_k3(batch.old_logprobs, logprobs), batch.mask))  # KL(old || new)
 
 
 # --- train ---------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def train(policy, reference, critic, score, prompts: list[list[int]], eos: int, 
         metrics = summarise(rollout) | update(policy, critic, optimizers, rollout, cfg)
 
         sampled = rollout.mask.sum().item()
-        log.batch = zip(rollout.tokens, rollout.prompt_len)      # the prompts, with their responses
+        log.batch = zip(rollout.tokens, rollout.prompt_len)   # written out where a loss is NaN
         log.write(state["step"], **metrics, kl_coef=kl_coef,
                   tokens_per_s=sampled / (time.perf_counter() - began))
         state |= dict(sampled=state["sampled"] + sampled, score=metrics["score"], kl=metrics["kl"],

@@ -49,8 +49,8 @@ def train(model: GPT, rows: list, held_out: list, pad: int, cfg: SFTConfig, log)
     """Imitate rows of (tokens, prompt_len), as data.encode makes them. -> summary"""
     parts, state = dict(model=model, optimizer=make_optimizer(model, cfg)), dict(step=0, tokens=0)
 
-    def loss_fn(rows):
-        cross_entropy = loss(model, *collate(rows, pad, model.device))
+    def loss_fn(batch):
+        cross_entropy = loss(model, *collate(batch, pad, model.device))
         return cross_entropy, dict(loss=cross_entropy)
 
     for batch in loop.batches(rows, parts, loop.cosine, cfg, log, state):
