@@ -807,7 +807,7 @@ MUTANTS = [
            "test_evaluate.py"
            "::test_the_micro_batch_size_bounds_what_is_in_memory_and_changes_no_result"),
     Mutant("a study that makes again what it has", 0, "nanorlhf/experiments/study.py",
-           "if key not in done}", "}",
+           "if key not in done]", "]",
            "test_study.py::test_an_interrupted_study_makes_only_the_rows_that_are_missing"),
     Mutant("a law that grows where it should decline", 0, "nanorlhf/experiments/overoptimise.py",
            "-d * decline(d)", "d * decline(d)",
