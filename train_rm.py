@@ -9,7 +9,7 @@ from nanorlhf.generate import generate_rows
 from nanorlhf.model import ScalarGPT, load_policy
 from nanorlhf.support import data, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
-from nanorlhf.support.groups import from_files, pairs_in, score_rows
+from nanorlhf.support.data import from_files, pairs_in, score_rows
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 

@@ -20,8 +20,7 @@ from nanorlhf.model import GPT, load_policy
 from nanorlhf.reward import bradley_terry_loss
 from nanorlhf.support import loop, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
-from nanorlhf.support.data import collate
-from nanorlhf.support.groups import flatten, from_files, pairs_in, prompts_of, rows_of
+from nanorlhf.support.data import collate, flatten, from_files, pairs_in, prompts_of, rows_of
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 from nanorlhf.support.stats import accuracy_of
@@ -47,7 +46,7 @@ def dpo_loss(chosen_logprobs: Tensor, rejected_logprobs: Tensor, ref_chosen_logp
 
 
 def loss_of(policy: GPT, reference: GPT, groups: list, pad: int, beta: float):
-    """The loss of some comparisons, groups as in support/groups.py. -> loss, metrics"""
+    """The loss of some comparisons, groups as in support/data.py. -> loss, metrics"""
     rows, i, j = flatten(groups)                   # i: where the chosen rows stand, j: the rejected
     batch = collate(rows, pad, policy.device)
     logprobs = whole_logprobs(policy, *batch)

@@ -19,7 +19,7 @@ from nanorlhf.logprobs import whole_logprobs
 from nanorlhf.model import GPT, load_policy
 from nanorlhf.support import UserError, data
 from nanorlhf.support.config import ComputeConfig, run, setup
-from nanorlhf.support.groups import choices, response_len, score_rows
+from nanorlhf.support.data import choices, response_len, score_rows
 from nanorlhf.support.runlog import RunLog, open_run
 from nanorlhf.support.stats import distinct, win_rate
 

@@ -22,8 +22,7 @@ from nanorlhf.logprobs import masked_mean, response_tokens, response_window, tok
 from nanorlhf.model import QGPT, load_policy, wide
 from nanorlhf.support import fast, loop, parallel
 from nanorlhf.support.config import SampleConfig, compile_trunks, run, setup
-from nanorlhf.support.data import collate
-from nanorlhf.support.groups import flatten, from_files, prompts_of, response_len, score_rows
+from nanorlhf.support.data import collate, flatten, from_files, prompts_of, response_len, score_rows
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 from nanorlhf.support.stats import standardise

@@ -18,7 +18,7 @@ from torch import Tensor
 from nanorlhf import tokenizer
 from nanorlhf.attention import attend
 from nanorlhf.support import UserError
-from nanorlhf.support.saved_model import SavedModel
+from nanorlhf.support.pretrained import SavedModel
 
 
 @dataclass

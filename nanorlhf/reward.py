@@ -16,8 +16,7 @@ from nanorlhf.generate import generate_rows
 from nanorlhf.model import GPT, ScalarGPT
 from nanorlhf.support import UserError, loop, user_code
 from nanorlhf.support.config import SampleConfig
-from nanorlhf.support.data import collate, in_parts
-from nanorlhf.support.groups import flatten, pairs_in, rows_of, score_rows
+from nanorlhf.support.data import collate, flatten, in_parts, pairs_in, rows_of, score_rows
 from nanorlhf.support.stats import accuracy_of, interval
 
 

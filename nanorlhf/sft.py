@@ -14,8 +14,7 @@ from nanorlhf.logprobs import masked_mean, response_logprobs, whole_logprobs
 from nanorlhf.model import GPT
 from nanorlhf.support import loop
 from nanorlhf.support.config import TrainConfig
-from nanorlhf.support.data import collate
-from nanorlhf.support.groups import response_len, score_rows
+from nanorlhf.support.data import collate, response_len, score_rows
 
 
 @dataclass

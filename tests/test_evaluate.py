@@ -19,7 +19,7 @@ from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.reward import true_reward
 from nanorlhf.support import UserError, data
-from nanorlhf.support.groups import choices, score_rows
+from nanorlhf.support.data import choices, score_rows
 from nanorlhf.support.stats import distinct, win_rate
 
 CFG = EvaluateConfig(device="cpu", dtype="float32", max_new_tokens=12)

@@ -22,8 +22,7 @@ from nanorlhf.logprobs import response_logprobs
 from nanorlhf.model import GPT, QGPT, GPTConfig, ScalarGPT
 from nanorlhf.reward import by_model
 from nanorlhf.support import UserError
-from nanorlhf.support.data import collate, preferences, split
-from nanorlhf.support.groups import score_rows
+from nanorlhf.support.data import collate, preferences, score_rows, split
 from nanorlhf.support.runlog import RunLog, read
 from nanorlhf.support.stats import standardise
 

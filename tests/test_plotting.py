@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgba
 from matplotlib.text import Text
 
 from nanorlhf.support import UserError, plotting
-from nanorlhf.support.plotting import COLOURS, curves, overlay, small_multiples
+from nanorlhf.support.plotting import COLOURS, curves, small_multiples
 from notebooks import drawing
 from notebooks.drawing import plot_guess, strips
 
@@ -32,7 +32,7 @@ def write_log(folder, rows):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that curves and overlay make before they are saved."""
+    """The figures that curves makes before they are saved."""
     figures = []
 
     def keep(panels):
@@ -97,43 +97,12 @@ def test_a_log_that_is_cut_or_empty_is_drawn_and_one_that_is_missing_is_named(tm
         curves(tmp_path / "nowhere", [])
 
 
-def test_several_runs_are_laid_over_each_other_where_they_share_a_metric(
-    tmp_path, drawn, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    write_log(tmp_path / "a", [dict(kl=1.0, score=1.0, only_a=1.0)])
-    write_log(tmp_path / "b", [dict(score=2.0, kl=2.0)])
-    assert overlay(["a", "b"]).resolve() == tmp_path / "curves.png"
-    kl, score = drawn[0].axes
-    assert (kl.get_title("left"), kl.get_ylabel()) == ("kl", "nats / response")
-    assert [line.get_ydata()[0] for line in score.lines] == [1, 2]
-    assert [text.get_text() for text in kl.get_legend().texts] == ["a", "b"]
-    assert score.get_legend() is None  # one is enough
-
-
-def test_ten_runs_are_ten_lines(tmp_path, drawn, monkeypatch):
-    """There are fewer colours than that: they are used again."""
-    monkeypatch.chdir(tmp_path)
-    runs = [write_log(tmp_path / str(i), [dict(kl=float(i))]) for i in range(10)]
-    overlay(runs)
-    assert [line.get_ydata()[0] for line in drawn[0].axes[0].lines] == list(range(10))
-
-
-def test_the_command_redraws_one_run_in_its_own_folder(tmp_path, drawn, monkeypatch, capsys):
+def test_without_panels_every_metric_has_one(tmp_path, drawn):
     write_log(tmp_path, [dict(kl=1.0, grad_norm=2.0)])
-    monkeypatch.setattr(sys, "argv", ["plotting", str(tmp_path)])
-    plotting.main()
-    assert capsys.readouterr().out == f"{tmp_path / 'curves.png'}\n"
+    assert curves(tmp_path) == tmp_path / "curves.png"
     kl, grad_norm = drawn[0].axes
     assert kl.lines[0].get_color() == COLOURS["kl"] and kl.get_legend() is None
     assert grad_norm.get_title("left") == "grad norm"
-
-
-def test_the_command_says_what_is_missing_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plotting", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as stop:
-        plotting.main()
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_importing_leaves_the_backend_to_the_caller():

@@ -21,8 +21,7 @@ from nanorlhf.reward import (
     score,
 )
 from nanorlhf.support import UserError, loop, user_code
-from nanorlhf.support.data import collate
-from nanorlhf.support.groups import by_prompt, flatten, score_rows
+from nanorlhf.support.data import by_prompt, collate, flatten, score_rows
 from nanorlhf.support.runlog import RunLog
 from nanorlhf.support.stats import accuracy_of, interval
 from nanorlhf.support.user_code import by_text

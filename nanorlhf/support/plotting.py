@@ -1,9 +1,4 @@
-"""Draws the logs of runs: curves.png, in which a metric always has the same colour.
-
-    python -m nanorlhf.support.plotting out/ppo              draws out/ppo/curves.png again
-    python -m nanorlhf.support.plotting out/ppo out/grpo     draws both runs into ./curves.png
-"""
-import argparse
+"""Draws the logs of runs: curves.png, in which a metric always has the same colour."""
 import io
 from itertools import chain, cycle
 from pathlib import Path
@@ -12,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nanorlhf.support import UserError, runlog
+from nanorlhf.support import runlog
 
 INK, GREY, PALE = "#22272e", "#8a9099", "#e9eaec"
 COLOURS = dict(policy="#2b6cb0", reference="#8a9099", loss="#2b6cb0", policy_loss="#2b6cb0",
@@ -47,18 +42,6 @@ def curves(folder, panels=()):
             drawn.append((title, unit, lines))
     path = Path(folder) / "curves.png"
     path.write_bytes(small_multiples(drawn).png())
-    return path
-
-
-def overlay(folders):
-    """Draw every metric that several runs share, one panel each -> the path of ./curves.png"""
-    logs, panels = [history(folder) for folder in folders], []
-    for name in [name for name in logs[0] if all(name in log for log in logs)]:
-        labels = [""] * len(logs) if panels else folders  # only the first panel has a legend
-        lines = [(run, c, *zip(*log[name])) for run, c, log in zip(labels, cycle(OTHERS), logs)]
-        panels.append((name.replace("_", " "), UNITS.get(name, ""), lines))
-    path = Path("curves.png")
-    path.write_bytes(small_multiples(panels).png())
     return path
 
 
@@ -122,17 +105,3 @@ def tidy(ax, title, unit, legend=False):
     ax.spines[:].set_visible(False)
     if legend:
         ax.legend(fontsize=8, frameon=False, labelcolor=INK)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Draw the log of a run, or of several together.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder with a log.jsonl")
-    runs = parser.parse_args().runs
-    try:
-        print(curves(*runs) if len(runs) == 1 else overlay(runs))
-    except UserError as error:
-        parser.exit(2, f"{error}\n")
-
-
-if __name__ == "__main__":
-    main()
