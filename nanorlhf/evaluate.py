@@ -51,9 +51,7 @@ def describe(model: GPT, reference: GPT, rows: list, tok, cfg) -> dict:
 
 def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> dict:
     """Both models answer the prompts; which is preferred, and what each is like. -> summary
-
-    judge: a score function (tokens, prompt_len, mask) -> (B,). The same seed, the same responses.
-    """
+    judge: a score function (tokens, prompt_len, mask) -> (B,). The seed decides the responses."""
     room = policy.config.n_positions - cfg.max_new_tokens
     encoded = data.encode_prompts(prompts, tok, room, data.Counter())
     summary, scores, rng = {}, [], torch.Generator().manual_seed(cfg.seed)

@@ -59,9 +59,7 @@ def draw_uniforms(*shape: int, rng: torch.Generator | None = None) -> Tensor:
 
 def prefill(model: GPT, tokens: Tensor, prompt_len: Tensor, P: int, G: int):
     """Read each prompt once for its G rows. -> cache of B rows, hidden (B, C) at the prompts' ends
-
-    Padding behind a short prompt is cached too, and overwritten before the row gets that far.
-    """
+    Padding behind a short prompt is cached too, and overwritten before the row gets that far."""
     B, S = tokens.shape
     if model.compiled:
         S += -S % 64                                # few different shapes: each new one is compiled
@@ -81,10 +79,8 @@ def prefill(model: GPT, tokens: Tensor, prompt_len: Tensor, P: int, G: int):
 def decode(model: GPT, cache: KVCache, hidden: Tensor, tokens: Tensor, prompt_len: Tensor,
            uniforms: Tensor, temperature: float, eos: int | None, pad: int):
     """Write the responses into tokens, one token of every row a step, until every row has ended.
-
     hidden (B, C): the trunk's output at the end of each prompt. This is the plain form; fast.decode
-    does the same, drops rows that have ended, and captures CUDA graphs.
-    """
+    does the same, drops rows that have ended, and captures CUDA graphs."""
     rows = torch.arange(len(tokens), device=tokens.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
     for r in range(uniforms.shape[1]):
@@ -114,9 +110,7 @@ def generate_rows(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos
                   temperature: float = 1.0, G: int = 1, batch_size: int = 0,
                   dtype: str = "float32", rng: torch.Generator | None = None):
     """G responses to each prompt, side by side -> rows (tokens, prompt_len)
-
-    batch_size: responses at once, 0: as many as is fast. Several processes share the work.
-    """
+    batch_size: responses at once, 0: as many as is fast. Several processes share the work."""
     if 0 < batch_size < G:
         prompts, G = [prompt for prompt in prompts for _ in range(G)], 1
     longest = max(map(len, prompts)) + max_new_tokens
@@ -137,8 +131,8 @@ def generate_rows(model: GPT, prompts: list[list[int]], max_new_tokens: int, eos
 
 def generate_texts(model: GPT, tok, prompts: list[list[int]], max_new_tokens: int,
                    temperature: float = 1.0, seed: int = 0) -> list[tuple[str, str]]:
-    """Texts to compare before and after training: the same seed gives the same random numbers, and
-    the random state of the run stays as it was. -> (prompt, response) pairs"""
+    """Texts to compare before and after training, (prompt, response): a seed gives the same random
+    numbers, and the random state of the run stays as it was."""
     rows = generate_rows(model, prompts, max_new_tokens, tok.eos, tok.pad, temperature,
                          rng=torch.Generator().manual_seed(seed))
     return [(tok.decode(tokens[:n]), tok.decode(tokens[n:])) for tokens, n in rows]

@@ -98,11 +98,8 @@ class Rollout:
 @torch.no_grad()
 def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPOConfig,
             kl_coef: float, eos: int, pad: int) -> Rollout:
-    """Answer each prompt and work out how good every token was.
-
-    score: a plain function, (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,)
-    critic: None where cfg.advantage needs none
-    """
+    """Answer each prompt and work out how good every token was. critic: None where none is needed;
+    score: a plain function, (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,)"""
     # 1. Respond. All models are in eval mode, as loaded: dropout would change the log-probs.
     rows = generate_rows(policy, prompts, cfg.max_new_tokens, eos, pad, cfg.temperature,
                          cfg.responses, cfg.micro_batch_size, cfg.dtype)

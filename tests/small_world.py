@@ -63,6 +63,12 @@ def best_of(p, n):
     return up_to**n - (up_to - p) ** n
 
 
+def best_of_n_kl(n):
+    """KL(best of n samples || one sample) in nats, where no two score the same and, with ties, an
+    upper bound (Stiennon et al. 2020, appendix G.3)."""
+    return math.log(n) - (n - 1) / n
+
+
 def expectile(q, tau):
     """Where the gaps to what is above, times tau, balance those below, times 1 - tau. Bisection."""
     low, high = q.min(), q.max()

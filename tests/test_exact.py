@@ -21,6 +21,7 @@ from small_world import (
     R,
     V,
     best_of,
+    best_of_n_kl,
     close,
     draw,
     expectile,
@@ -35,7 +36,6 @@ from small_world import (
 from nanorlhf import ppo
 from nanorlhf.advantages import gae, grpo, reinforce, rloo
 from nanorlhf.dpo import dpo_loss
-from nanorlhf.experiments.frontier import best_of_n_kl
 from nanorlhf.ilql import expectile_loss
 from nanorlhf.logprobs import (
     entropy,

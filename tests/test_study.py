@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from small_world import best_of_n_kl
 
 from nanorlhf import environment, reward, tokenizer
 from nanorlhf.experiments import claims, frontier, knobs, overoptimise, study
-from nanorlhf.experiments.frontier import best_of_n, best_of_n_kl
+from nanorlhf.experiments.frontier import best_of_n
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.ppo import PPOConfig
 from nanorlhf.support import UserError, plotting

@@ -2,9 +2,8 @@
 
     python -m nanorlhf.experiments.bench --n-embd 256 --batch 64
 
-Out: one line of JSON. All four models have one shape and random weights, and every response has
---response tokens. Of the operations (bytes) a second that a large matrix product (copy) reaches
-here, an update reaches the share mfu, and decoding the share mbu.
+All models have one shape and random weights, and every response --response tokens. mfu and mbu: the
+share of an update and of decoding in what a large matrix product and a large copy reach here.
 """
 import copy
 import json
@@ -36,10 +35,6 @@ class BenchConfig(ComputeConfig):
     epochs: int = 4                   # passes over a rollout
     iters: int = 5                    # timed rounds, after one to warm up
     compile: bool = False             # compile the models with torch.compile
-
-
-def main(cfg):
-    print(json.dumps(measure(cfg)))
 
 
 def measure(cfg):
@@ -98,10 +93,8 @@ def timed(function, seconds):
 
 def peak_memory(device):
     """Bytes: of tensors on a GPU, else of the whole process; 0 on Windows, which does not say."""
-    if device.type == "cuda":
+    if device.type == "cuda" or sys.platform == "win32":
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
     import resource
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
@@ -134,4 +127,4 @@ def decode_bytes(cfg, policy, dtype):
 
 
 if __name__ == "__main__":
-    run(main, BenchConfig)
+    run(lambda cfg: print(json.dumps(measure(cfg))), BenchConfig)

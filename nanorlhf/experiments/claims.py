@@ -2,8 +2,7 @@
 
     python -m nanorlhf.experiments.claims
 
-Out: a line for each claim, with the result, what was expected, and whether it holds. One seed is
-enough: the limits have held for every seed so far.
+One seed is enough: the limits have held for every seed so far.
 """
 import json
 import shlex
@@ -16,25 +15,9 @@ from nanorlhf.support import UserError
 from nanorlhf.support.config import ComputeConfig, run
 from nanorlhf.support.runlog import open_run
 
-COMMANDS = [                          # {out} is the folder of all the runs
-    "train_sft.py --out {out}/sft",
-    "train_rm.py --sft {out}/sft --out {out}/rm",
-    "train_ppo.py --sft {out}/sft --rm {out}/rm --out {out}/ppo",
-    "train_ppo.py --sft {out}/sft --rm {out}/rm --out {out}/rloo --advantage rloo --responses 4",
-    "-m nanorlhf.dpo --sft {out}/sft --out {out}/dpo",
-    "-m nanorlhf.evaluate --against {out}/sft --policy {out}/dpo --out {out}/judged-dpo",
-    "-m nanorlhf.ilql --sft {out}/sft --rm {out}/rm --out {out}/ilql",
-    "-m nanorlhf.evaluate --against {out}/sft --policy {out}/ilql --out {out}/judged-ilql"]
-
-CLAIMS = [                            # the run, a number of its summary or a ratio, its limits
-    ("SFT learns the language", "sft", "perplexity", 1, 2.5),
-    ("the RM errs little more than its annotators", "rm", "accuracy / accuracy_ceiling", 0.92, 1.1),
-    ("the RM is better than length alone", "rm", "accuracy_low / length_accuracy", 1, 2),
-    ("PPO beats SFT by the true reward", "ppo", "win_rate_low", 0.75, 1),
-    ("PPO stays close to SFT", "ppo", "kl", 0, 15),
-    ("RLOO beats SFT, without a critic", "rloo", "win_rate_low", 0.7, 1),
-    ("DPO beats SFT, without a reward model", "judged-dpo", "win_rate_low", 0.7, 1),
-    ("ILQL beats SFT, from logged responses", "judged-ilql", "win_rate_low", 0.7, 1)]
+# Commands, in which {out} is the folder of all runs. Claims: a sentence, the run, a number of its
+# summary or a ratio of two, and its limits.
+COMMANDS, CLAIMS = json.loads(Path(__file__).with_name("claims.json").read_bytes()).values()
 
 
 @dataclass

@@ -2,11 +2,9 @@
 
     python -m nanorlhf.experiments.frontier             five seeds; --quick: one seed, short runs
 
-A dial is the setting that decides how far a method moves: n of best-of-n, beta of DPO and ILQL, the
-weight of the KL penalty of the others. Out: frontier.csv, frontier.png, and a table.
+A dial is the setting that decides how far a method moves: n, beta, or the weight of the KL penalty.
 """
 import copy
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,11 +97,6 @@ def best_of_n(scores: Tensor, n: int) -> Tensor:
     below, up_to = (other < one).double().mean(2), (other <= one).double().mean(2)
     tied = (up_to - below) * scores.shape[1]
     return (up_to ** n - below ** n) / tied
-
-
-def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n in nats; with ties, an upper bound (Stiennon et al. 2020, appendix G.3)."""
-    return math.log(n) - (n - 1) / n
 
 
 METHODS = dict(                       # and the places of their dials

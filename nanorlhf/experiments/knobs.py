@@ -1,8 +1,6 @@
 """Which of PPO's settings matter? Each of them is lowered and raised, one at a time.
 
     python -m nanorlhf.experiments.knobs                three seeds; --quick: one seed, short runs
-
-Out: knobs.csv, and a table, in which "none" is PPO with all settings at their defaults.
 """
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,7 @@
     python -m nanorlhf.experiments.overoptimise         three seeds; --quick: one seed, short runs
 
 Reward models that learnt from 100 to 6,400 comparisons are used by PPO without a KL penalty, whose
-score goes on rising while its true reward falls, and by best-of-n. Out: overoptimise.csv,
-overoptimise.png, and a table with two laws fitted to the gain in true reward over d = sqrt(KL).
+score goes on rising while its true reward falls, and by best-of-n. d in the laws is sqrt(KL).
 """
 from dataclasses import replace
 from functools import partial

@@ -1,8 +1,7 @@
 """What the studies share: frontier, knobs and overoptimise each compare many independent runs.
 
-In: an SFT model and a reward model of the built-in world. Out: a CSV file, and a table or a figure
-of it. A job is one run, or several that share their preparation, in a process of its own. Its rows
-are written when it ends, so a study that was interrupted goes on when it is started again.
+A job is one run, or several that share their preparation, in a process of its own. Its rows are
+written when it ends, so a study that was interrupted goes on when it is started again.
 """
 import os
 import sys
@@ -51,10 +50,8 @@ def main(study, seeds=3, steps=40):
 
 
 def carry_out(jobs, path, columns, keys):
-    """Call the jobs that have no rows in the CSV file at path yet. -> its rows, in their order
-
-    jobs: {values of the columns `keys`: function without arguments -> rows, with the other columns}
-    """
+    """Call the jobs that have no rows in the CSV file at path yet. -> its rows, in the jobs' order.
+    jobs: {values of the columns `keys`: function without arguments -> rows of other columns}"""
     done = grouped(read_csv(path) if path.exists() else [], keys)
     pool = ProcessPoolExecutor(mp_context=get_context("spawn"))        # one for each core
     try:

@@ -1,7 +1,4 @@
-"""The files of a byte-level BPE, as transformers has them for GPT-2, and GPT-2's own vocabulary.
-
-In and out: ranks, {bytes: id} for every token but the two special ones.
-"""
+"""The files of a byte-level BPE, as in transformers. ranks: {bytes: id}, without special tokens."""
 import json
 from itertools import pairwise
 from pathlib import Path

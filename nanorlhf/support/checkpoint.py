@@ -1,7 +1,7 @@
-"""Hugging Face's layout: a folder with config.json and model.safetensors; beside them state.pt.
+"""Hugging Face's layout: config.json and model.safetensors; beside them state.pt to resume from.
 
-Unlike a pickle, a safetensors file cannot run code. It is the length of its header in 8 bytes; the
-header, JSON {name: {"dtype", "shape", "data_offsets": [begin, end]}}; and the numbers, gapless.
+A safetensors file cannot run code. It is the length of its header in 8 bytes; the header, JSON
+{name: {"dtype", "shape", "data_offsets": [begin, end]}}; and the numbers without a gap.
 """
 import json
 import math

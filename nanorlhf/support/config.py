@@ -1,7 +1,6 @@
-"""A dataclass becomes a command line; seed, device and number format are chosen once.
+"""A dataclass becomes a command line, and the comments beside its fields become the help.
 
-In: a dataclass whose fields each have a default and a comment beside it, and the words of the
-command line. Out: an instance of it, and the device and number format that the run computes with.
+Seed, device and number format are chosen here, once.
 """
 import argparse
 import difflib
@@ -99,8 +98,7 @@ def run(main, cls):
 
 
 def parse(cls, argv=None):
-    """An instance of the dataclass cls, filled from argv (the process's own words if None).
-    Raises UserError where a word is no flag, or a value is none that its field can have."""
+    """An instance of the dataclass cls, from argv. Raises UserError for what does not fit."""
     parser, words = make_parser(cls), sys.argv[1:] if argv is None else argv
     # --batch_size=my_file -> --batch-size=my_file
     words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
@@ -124,8 +122,7 @@ def parse(cls, argv=None):
 
 
 def make_parser(cls):
-    """One flag for each field, those of cls itself first. Its help is the comment beside the field,
-    from the source. No abbreviations: a new field would change what --s means."""
+    """One flag for each field, those of cls itself first; a field's comment is its help."""
     parser = argparse.ArgumentParser(description=cls.__doc__.strip().splitlines()[0],
                                      allow_abbrev=False, exit_on_error=False)
     hints, defaults = get_type_hints(cls), vars(cls())

@@ -11,8 +11,8 @@ Files are JSON Lines, plain or .gz: on each line one JSON object, a record, know
     {"prompt"}                          for prompts() only
 
 Each but text may be a list of {"role", "content"}, as in TRL. A malformed line stops the run with a
-UserError that names it; a record of no use (a tie, an empty answer) is left out and counted. A row
-is (tokens, prompt_len): those of prompt and response in one list, and how many are the prompt's.
+UserError that names it; a record of no use (a tie, an empty answer) is left out and counted.
+A row is (tokens, prompt_len): tokens of prompt and response, and how many of them are the prompt's.
 """
 import gzip
 import itertools
@@ -201,9 +201,8 @@ def encode_prompts(prompts, tokenizer, longest, counts):
     return [row[-longest:] for row in rows]
 
 
-# --- comparisons. A group is (rows, pairs): the rows of one prompt, and pairs of indices into them,
-# the chosen one first. So each response is read once, and all pairs of a prompt share a batch
-# (Ouyang et al. 2022, section 3.5).
+# A group is (rows, pairs): the rows of one prompt, and pairs of indices into them, the chosen first.
+# So all pairs of a prompt share a batch (Ouyang et al. 2022, section 3.5).
 
 def from_files(paths, tok, block_size):
     """Comparisons that people made, of files. -> groups to learn from, held-out groups"""
@@ -257,14 +256,9 @@ def choices(path):
     return tuple(zip(*pairs))
 
 
-# --- batches
-
 def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
-    """Yield batches of rows, epoch after epoch, from step `start` on; a seed gives one order.
-
-    Rows of similar length share a batch, to save on padding. If all rows were sorted at once, every
-    epoch would have the same batches, so only those of 32 batches are.
-    """
+    """Yield batches of rows, epoch after epoch, from step `start` on; a seed gives one order. Rows
+    of similar length share a batch; only 32 batches are sorted at once, so that epochs differ."""
     if not rows or batch_size < 1:
         came = f"{len(rows)} rows and a batch size of {batch_size}"
         raise UserError(f"expected rows, and a batch size of at least 1; came {came}")

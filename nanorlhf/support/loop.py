@@ -6,7 +6,7 @@
         metrics = step(loss_fn, batch, weight, parts, cfg)
         log.write(state["step"], **metrics)
 
-`parts` is what a save must hold: models and optimizers, by name. `state` holds numbers beside them.
+A save holds `parts`, which are models and optimizers by name, and the numbers in `state`.
 """
 import math
 from collections import Counter
@@ -41,14 +41,11 @@ def cosine(step, steps, warmup):
 
 
 def batches(items, parts, schedule, cfg, log, state, rows_of=lambda row: [row], batch_size=0):
-    """Yield the batch of every step that is left to do; the caller makes the step.
+    """Yield the batch of every step that is left to do: of cfg.steps, or of one pass if that is 0.
 
-    Before each step the learning rates are set, after it everything is saved if that is due.
+    The caller makes the step. Before it the learning rates are set, after it all is saved if due.
     `state` is changed in place: "step" counts the steps that are done, "tokens" what was read.
-    cfg.steps steps in all, or one pass over the items if that is 0.
-
-    schedule: linear or cosine; rows_of: item of a batch -> its rows (tokens, prompt_len);
-    batch_size: in items, cfg.batch_size if 0
+    schedule: linear or cosine; rows_of: item of a batch -> its rows (tokens, prompt_len)
     """
     def length(item):                     # items of similar length share a batch
         return max(len(tokens) for tokens, _ in rows_of(item))
@@ -77,8 +74,7 @@ def step(loss_fn, batch, weight, parts, cfg):
     loss_fn: part of a batch -> loss, metrics; both are means over the tokens (or the pairs) in it
     weight:  part of a batch -> how many tokens (or pairs) that are
 
-    Each part counts by its share of the batch, so the gradient is that of the whole batch, however
-    many parts, or processes, it is split into.
+    Each part counts by its share, so that the gradient is the one of the whole batch.
     """
     for optimizer in optimizers(parts).values():
         optimizer.zero_grad()

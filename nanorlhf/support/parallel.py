@@ -1,9 +1,8 @@
 """More than one process: torchrun --nproc-per-node=2 train_ppo.py
 
-In: the same command, once for each GPU (or CPU, to try it). Out: what one process would have learnt
-from the same batches, sooner: all draw the same batches and random numbers, each computes its own
-rows, and gradients and metrics are summed (DistributedDataParallel takes means, and does not see a
-trunk that is called apart from its head). One process alone gets what it gave, bit for bit.
+All draw the same batches and random numbers, each computes its own rows, and gradients and metrics
+are summed (DistributedDataParallel takes means, and does not see a trunk that is called apart from
+its head). So they learn what one process would; one alone gets back what it gave, bit for bit.
 """
 import os
 import sys

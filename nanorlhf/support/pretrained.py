@@ -1,8 +1,5 @@
-"""Models in the layout of Hugging Face's GPT-2: saved, loaded, checked, and downloaded by name.
-
-Files may come from a stranger, so what they say is checked. Published weights are downloaded once,
-to ~/.cache/nanorlhf or NANORLHF_CACHE, from huggingface.co or the mirror that HF_ENDPOINT names.
-"""
+"""Models in the layout of Hugging Face's GPT-2: saved, loaded, checked, and downloaded by name:
+once, to ~/.cache/nanorlhf or NANORLHF_CACHE, from huggingface.co or the mirror HF_ENDPOINT."""
 import hashlib
 import json
 import os
@@ -20,17 +17,8 @@ from tqdm import tqdm
 
 from nanorlhf.support import UserError, checkpoint
 
-# name: revision, SHA-256 of its model.safetensors, layers, heads, channels
-PUBLISHED = {
-    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",  # 0.5 GB
-        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707", 12, 12, 768),
-    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da",  # 1.5 GB
-        "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd", 24, 16, 1024),
-    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519",  # 3.2 GB
-        "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce", 36, 20, 1280),
-    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",  # 6.4 GB
-        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a", 48, 25, 1600),
-}
+# name: [revision, SHA-256 of its model.safetensors, layers, heads, channels]
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_bytes())
 TIMEOUT = 30  # seconds of silence
 # What model.py computes. Other members of GPT-2's family would load, and compute wrong numbers.
 GPT2 = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
@@ -38,10 +26,8 @@ GPT2 = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_
 
 
 class SavedModel(nn.Module):
-    """A network with a GPT-2 trunk, `self.transformer`, and a head of its own.
-
-    A subclass sets config_class, trunk_class, and the name of its architecture in config.json.
-    """
+    """A network with a GPT-2 trunk. A subclass adds a head, and sets the classes of its settings
+    and of its trunk, and the name of its architecture in config.json."""
     settings = {}       # what else config.json says
     compiled = False    # by config.compile_trunks: then each new shape waits for the compiler
 
@@ -67,11 +53,8 @@ class SavedModel(nn.Module):
 
     @classmethod
     def load(cls, folder, dropout=0.0, fresh_head=True):
-        """The model in a folder, or GPT-2 by the name "gpt2", "gpt2-medium" and so on; eval mode.
-
-        A scalar head that the folder lacks stays newly initialised, unless fresh_head is False:
-        so a reward model starts from a language model. Raises UserError where it is no such model.
-        """
+        """The model in a folder, or "gpt2", "gpt2-medium" and so on; in eval mode. A scalar head
+        that is missing stays new unless fresh_head is False. Raises UserError for other models."""
         config, tensors = load(folder)
         for kind in cls.__subclasses__():                 # a QGPT is a GPT as well
             if config["architectures"] == [vars(kind).get("architecture")]:
@@ -86,11 +69,8 @@ class SavedModel(nn.Module):
 
     @torch.no_grad()
     def resize_vocab(self, n):
-        """Grow the vocabulary to n tokens: GPT-2 as published has no pad token. -> self
-
-        A new row is the mean of the old ones, so its probability stays below 1 / V. A row of zeros
-        would have logit 0, where the others of GPT-2 have about -35: it would always be chosen.
-        """
+        """Grow the vocabulary to n tokens: published GPT-2 has no pad token. New rows are the mean
+        of the old; zeros would have logit 0, where GPT-2's others have about -35. -> self"""
         rows = self.transformer.wte.weight
         if n < len(rows):
             raise UserError(f"expected a tokenizer of at least the model's {len(rows):,} tokens, "

@@ -1,8 +1,4 @@
-"""The log of a run: settings.json, log.jsonl with one object a step, summary.json, samples.md.
-
-In: numbers, by name. Out: one line on the screen and one line in a file. A folder never mixes two
-runs, and a run of other settings replaces what is in it only with --overwrite.
-"""
+"""The log of a run: settings.json, log.jsonl with one object a step, summary.json, samples.md."""
 import dataclasses
 import json
 import math
@@ -23,8 +19,7 @@ NOT_SETTINGS = ("out", "device", "micro_batch_size", "compile", "resume", "overw
 
 
 def open_run(folder, cfg, resume=False, overwrite=False):
-    """Make the folder ready for a run with these settings, the same as before or with overwrite.
-    Raises UserError where other files are in the way, or there is nothing to resume."""
+    """Make the folder ready for a run, or raise UserError where something else is in it."""
     if parallel.rank() > 0:
         return parallel.all_gather(None)  # waits for the first process, or loses it
     folder = Path(folder)
@@ -52,9 +47,8 @@ def open_run(folder, cfg, resume=False, overwrite=False):
 
 
 class RunLog:
-    """Writes all metrics to log.jsonl at each step, and to the screen some (columns; none: all) now
-    and then (every so many steps; 0: 20 lines). The rows (tokens, prompt_len) of a step that goes
-    wrong are kept, with their text by `decode`. Of several processes the first one writes."""
+    """Writes all metrics to log.jsonl at each step, and some (columns; none: all) to the screen at
+    every so many steps (0: 20 lines). The rows of a step that goes wrong are kept."""
 
     def __init__(self, folder=None, every=0, columns=(), decode=None):
         self.folder = Path(folder) if folder and parallel.rank() == 0 else None

@@ -17,8 +17,7 @@ def win_rate(scores, against):
 
 
 def distinct(texts, n):
-    """Share of n-grams of words that differ from all others: low where a model has one answer to
-    everything (Li et al. 2016)."""
+    """Share of distinct n-grams of words: low where all texts are alike (Li et al. 2016)."""
     grams = Counter(gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n))))
     return len(grams) / max(1, grams.total())
 
@@ -29,10 +28,7 @@ def accuracy_of(margin):
 
 
 def standardise(scores):
-    """Shift and scale a tensor to mean 0 and deviation 1. -> list of floats
-
-    In float64: in float32 the mean of equal scores misses them by a last digit, and dividing by a
-    deviation as small would make that about 1.
-    """
+    """Shift and scale a tensor to mean 0, deviation 1 -> floats. In float32 equal scores would
+    differ from their mean by a last digit, and become about 1."""
     scores = scores.double().cpu()
     return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)).tolist()

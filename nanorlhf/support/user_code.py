@@ -23,8 +23,7 @@ def load(name):
 
 
 def by_text(function, tok):
-    """A function (list of (prompt, response) texts -> list of floats) as a function of tensors,
-    (tokens (B, T), prompt_len (B,), mask (B, R)) -> (B,)"""
+    """A function of (prompt, response) texts as one of (tokens (B, T), prompt_len, mask) -> (B,)"""
     def scores(tokens, prompt_len, mask):
         ends = (prompt_len + mask.sum(1)).tolist()
         pairs = [(tok.decode(row[:start]), tok.decode(row[start:end]))
