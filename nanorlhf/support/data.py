@@ -201,7 +201,7 @@ def encode_prompts(prompts, tokenizer, longest, counts):
     return [row[-longest:] for row in rows]
 
 
-# A group is (rows, pairs): the rows of one prompt, and pairs of indices into them, the chosen first.
+# A group is (rows, pairs): the rows of a prompt, and pairs of indices into them, the chosen first.
 # So all pairs of a prompt share a batch (Ouyang et al. 2022, section 3.5).
 
 def from_files(paths, tok, block_size):
