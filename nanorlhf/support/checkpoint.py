@@ -37,7 +37,8 @@ def read_json(path, wrong):
     try:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{wrong}: expected a JSON object in {path}, came {error!r:.99}") from None
+        came = getattr(error, "strerror", None) or error
+        raise UserError(f"{wrong}: expected a JSON object in {path}, came: {came}") from None
 
 
 def save_state(folder, parts, **numbers):

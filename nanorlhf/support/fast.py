@@ -91,8 +91,7 @@ def decode(sample, model, cache, hidden, tokens, *settings):
 
 
 def captured(step):
-    """The same step as one CUDA graph: one launch in place of hundreds. Capturing records a call
-    without doing its work, so what is made once (autocast's copies, workspaces) must be there."""
+    """The same step as one CUDA graph, once a first call has made what is made only once."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
