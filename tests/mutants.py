@@ -842,7 +842,8 @@ MUTANTS = [
            "parallel.local_rows(prompts), uniforms",
            "test_parallel.py::test_two_and_three_processes_sample_the_very_rows_that_one_does"),
     Mutant("support that imports the course", 0, "nanorlhf/support/parallel.py",
-           "from nanorlhf.support import UserError\n", "import nanorlhf.attention\nfrom nanorlhf.support import UserError\n",
+           "from nanorlhf.support import UserError\n",
+           "import nanorlhf.attention\nfrom nanorlhf.support import UserError\n",
            "test_layout.py::test_support_imports_nothing_of_ours_but_support"),
 
     # --- the command line, and files of strangers ---
