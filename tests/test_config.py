@@ -186,8 +186,8 @@ OUT_OF_RANGE = {
     PPOConfig: "--temperature=0 --temperature=-1 --temperature=nan --kl-coef=nan --kl-coef=-1"
     " --clip=-1 --clip=0 --value-clip=-1 --epochs=0 --minibatches=0 --minibatches=65 --lam=2"
     " --gamma=1.01 --gamma=-0.1 --eval-prompts=0 --no-end-penalty=nan --kl-target=-1 --responses=0"
-    " --critic-learning-rate=nan",
-    DPOConfig: "--beta=0 --beta=-1 --beta=nan --responses=1 --prompts=0",
+    " --critic-learning-rate=nan --temperature=inf",
+    DPOConfig: "--beta=0 --beta=-1 --beta=nan --beta=inf --responses=1 --prompts=0",
     EvaluateConfig: "--temperature=0 --prompts=0",
     ("nanorlhf.experiments.bench", "BenchConfig"): "--iters=0 --batch=0 --vocab=0",
 }

@@ -54,16 +54,16 @@ class SampleConfig(TrainConfig):
 RANGES = {name: limits for limits, names in {
     (0, 2**32 - 1): "seed",           # what NumPy takes
     (0, 10**9): "steps warmup micro_batch_size learning_rate critic_learning_rate weight_decay "
-                "kl_coef kl_target no_end_penalty annotator_temperature seeds cql",
-    (1, 10**9): "batch_size save_every epochs minibatches responses prompts eval_prompts "
-                "held_out_prompts demos max_new_tokens n_layer n_head n_embd iters batch prompt "
-                "response vocab",
+        "kl_coef kl_target no_end_penalty annotator_temperature seeds cql",
+    (1, 10**9): "batch_size save_every epochs minibatches responses prompts eval_prompts demos "
+        "held_out_prompts max_new_tokens n_layer n_head n_embd iters batch prompt response vocab",
     (2, 10**9): "block_size",
     (258, 10**9): "vocab_size",
     (0, 1): "gamma lam tau polyak",
     (0, 0.99): "dropout",
     (-10**9, 10**9): "likes_length",
-    (1e-9, inf): "temperature beta clip value_clip grad_clip",
+    (1e-9, 10**9): "temperature beta",
+    (1e-9, inf): "clip value_clip grad_clip",
 }.items() for name in names.split()}  # fmt: skip
 DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
 OUT_OF_MEMORY = "MemoryError|out of memory|can't allocate memory|not enough memory"
