@@ -44,12 +44,13 @@ class KVCache:
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype)
                            for _ in range(config.n_layer)] for _ in range(2))
         self.rows = torch.arange(B, device=device)[:, None]                              # (B, 1)
+        self.filled = S                          # attention reads this many positions: all may be
 
     def update(self, layer, k, v, positions):
         """Write k, v (B, H, T, D) at positions (B, T). -> all keys and values: 2 (B, H, S, D)"""
         self.k[layer][self.rows, :, positions] = k.transpose(1, 2).to(self.k[layer].dtype)
         self.v[layer][self.rows, :, positions] = v.transpose(1, 2).to(self.v[layer].dtype)
-        return self.k[layer], self.v[layer]
+        return self.k[layer][:, :, :self.filled], self.v[layer][:, :, :self.filled]
 
     def keep(self, rows):
         """Keep these rows only. rows: a bool mask, or indices (which may repeat)"""
@@ -127,8 +128,8 @@ class Transformer(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)
         x, mask = F.dropout(x, self.config.dropout, self.training), None      # no mask is causal
         if cache is not None:
-            S = cache.k[0].shape[2]
-            mask = torch.arange(S, device=x.device) <= positions[:, None, :, None]    # (B, 1, T, S)
+            at = torch.arange(cache.filled, device=x.device)
+            mask = at <= positions[:, None, :, None]                                  # (B, 1, T, S)
         for block in self.h:
             x = block(x, mask, cache, positions)
         return self.ln_f(x)

@@ -76,15 +76,17 @@ def decode(sample, model, cache, hidden, tokens, *settings):
     """generate.decode, as fast as the device allows. sample: generate.sample; then the same"""
     decoder = Decoder(sample, model, cache, tokens, *settings)
     decoder.choose(hidden)
-    step, device = decoder.step, tokens.device
-    for r in range(1, decoder.uniforms.shape[1]):
+    step, device, R = decoder.step, tokens.device, decoder.uniforms.shape[1]
+    flexible = device.type == "cpu" and not model.compiled                 # as to shapes
+    for r in range(1, R):
         if r % 8 == 0:                                   # not always: asking waits for the device
             if not decoder.alive.any():
                 break
             # A CPU need not go on with rows that have ended; a GPU is faster with constant shapes.
-            if (device.type == "cpu" and not model.compiled
-                    and decoder.alive.float().mean() < 0.75):
+            if flexible and decoder.alive.float().mean() < 0.75:
                 decoder.keep(decoder.alive)
+        if flexible:
+            cache.filled = tokens.shape[1] - R + r              # the longest prompt, and r tokens
         step()
         if r == 1 and model.compiled and device.type == "cuda":
             step = captured(step)
