@@ -51,7 +51,8 @@ def tempered(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     Sampler and scorer both call this, so what is sampled at temperature 0.7 is scored at 0.7.
     """
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
 
 
 def token_logprobs(logits: Tensor, chosen: Tensor, temperature: float = 1.0) -> Tensor:
