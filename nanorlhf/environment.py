@@ -13,7 +13,7 @@ import math
 import random
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -88,6 +88,16 @@ class Request:
         return cls(*[first for first, *_ in found])
 
 
+def near_miss(prompt: str, rng: random.Random, slot: str = "") -> str:
+    """The prompt of a request that differs in one word: mood, hero, thing or place, as slot says
+    or at random. It is held out only if the prompt is."""
+    request, words = Request.parse(prompt), dict(mood=WANTED, **NOUNS)
+    slot = slot or rng.choice([*words])
+    others = [replace(request, **{slot: word}) for word in words[slot]]
+    others = [r for r in others if r != request and r.held_out <= request.held_out]
+    return str(rng.choice(others or [request]))
+
+
 def prompts(n: int, seed: int = 0, held_out: bool = False) -> list[str]:
     """n distinct prompts, for training or held out. Raises UserError where there are fewer."""
     requests = [Request(*words) for words in product(WANTED, *NOUNS.values())]
@@ -133,7 +143,7 @@ def write(request: Request, rng: random.Random, care: float | None = None) -> st
         at = rng.randrange(1, len(sentences))
         sentences.insert(at, sentences[at - 1])
     words = "".join(sentences).split(" ")         # the first is empty: a story begins with a space
-    if slips(.15):                                                              # a word missing
+    if slips(.05):                                                              # a word missing
         del words[rng.randrange(2, len(words) - 2)]
     if slips(.25):                                                              # cut off
         words = words[:-rng.randint(3, 12)]
@@ -153,7 +163,7 @@ def _fill(template, nouns, mood, vivid, rng):
 
 # --- the true reward -----------------------------------------------------------------------------
 def gold(prompt: str, response: str) -> float:
-    """The true reward, from about -4 to 7.5. Training never sees it."""
+    """The true reward, from about -7 to 10. Training never sees it."""
     return sum(parts(prompt, response).values())
 
 
@@ -164,13 +174,13 @@ def parts(prompt: str, response: str) -> dict[str, float]:
     sentences = [s.strip() for s in re.findall(r"[^.?]+[.?]?", response) if s.strip()]
     moods = [1 if MOOD_OF[w] == request.mood else -1 for w in {*words} if w in MOOD_OF]
     asked = {request.hero, request.thing, request.place}
-    nouns = {slot: _mean([w == getattr(request, slot) for w in words if w in known]) / 2
+    nouns = {slot: _mean([w == getattr(request, slot) for w in words if w in known])
              for slot, known in NOUNS.items()}     # hero: the share of the right one among heroes
     return dict(
-        subject=3 * _mean([not asked.isdisjoint(re.findall(r"\w+", s)) for s in sentences
+        subject=2 * _mean([not asked.isdisjoint(re.findall(r"\w+", s)) for s in sentences
                            if s != THE_END.strip()]),
         **nouns,
-        mood=max(-1, min(1, sum(moods) / 7)),             # up to seven distinct words in the mood
+        mood=3 * max(-1, min(1, sum(moods) / 7)),         # up to seven distinct words in the mood
         grammar=_mean([any(form.fullmatch(s) for form in SENTENCES) for s in sentences]),
         freshness=-2 * (1 - _mean([s not in sentences[:i] for i, s in enumerate(sentences)])),
         length=-min(2, max(0, len(words) - 45, 25 - len(words)) / 10),   # 25 to 45 words are right

@@ -109,6 +109,12 @@ def test_gold_is_the_sum_of_its_parts():
     assert gold(PROMPT, PERFECT) == sum(BEST.values())
 
 
+def test_what_was_asked_for_is_the_largest_part_of_the_true_reward():
+    asked = [BEST[name] for name in ("mood", "hero", "thing", "place")]
+    assert sum(asked) > 0.5 * sum(BEST.values())
+    assert BEST["mood"] == max(BEST.values()) and min(asked) > 0.5
+
+
 REPEAT = " The fox shivered and howled with the lantern."
 RAMBLE = " The fox walked slowly and turned around the harbor." * 6
 FLAWS = {
