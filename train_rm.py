@@ -3,16 +3,20 @@
     python train_rm.py                                      the built-in world
     python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
 """
-from nanorlhf import reward
+import random
+
+from nanorlhf import environment, reward
 from nanorlhf.evaluate import held_out_prompts
 from nanorlhf.generate import generate_rows
-from nanorlhf.model import ScalarGPT, load_policy
+from nanorlhf.model import load_policy
 from nanorlhf.support import data, parallel
 from nanorlhf.support.config import compile_trunks, run, setup
 from nanorlhf.support.data import from_files, pairs_in, score_rows
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
+from nanorlhf.support.stats import accuracy_of, interval
 
+SLOTS = "mood", *environment.NOUNS                          # the words of a request that vary
 PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accuracy"]),
           ("Margin", "chosen - rejected", ["margin"]), ("Gradient norm", "", ["grad_norm"])]
 
@@ -32,7 +36,7 @@ def main(cfg):
     print(f"pairs     {pairs_in(groups):,} comparisons of {sum(len(g) for g, _ in groups):,}"
           f" responses; {pairs_in(held_out):,} held out")
 
-    model = ScalarGPT.load(cfg.sft).resize_vocab(tok.vocab_size).to(device)
+    model = reward.new_model(cfg, tok).to(device)
     print(f"model     {model}, on {device}")
     compile_trunks(cfg.compile, model)
     summary |= reward.train(model, groups, tok.pad, cfg, log)
@@ -47,6 +51,8 @@ def main(cfg):
     rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, dtype=cfg.dtype,
                          batch_size=cfg.micro_batch_size)
     mean, std = reward.normalise(model, rows, tok.pad, cfg.dtype)
+    if not cfg.data:
+        metrics |= reads_request(model, tok, 400, cfg.seed)
     model.save(cfg.out, tok, reward_mean=mean, reward_std=std)
     summary = log.finish(**summary, **metrics)
     samples(cfg.out, *scored_pairs(model, tok, held_out[:3], cfg), ("chosen", "rejected"))
@@ -64,6 +70,27 @@ def calibration(margin, bins=5):
     at = ((probability - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     return [(probability[at == b].mean().item(), right[at == b].mean().item(), int((at == b).sum()))
             for b in range(bins) if (at == b).any()]
+
+
+def reads_request(model, tok, n, seed):
+    """Does it read the request? Stories by careful authors for n held-out requests are scored under
+    their own request, and under it with one word changed, which should cost score.
+    -> {reads_mood: share of stories that score higher under their own, reads_mood_low: ...}"""
+    prompts, rng = environment.prompts(n, seed, held_out=True), random.Random(f"probe {seed}")
+    stories = [environment.write(environment.Request.parse(p), rng, care=1) for p in prompts]
+
+    def scores(prompts):
+        records = [dict(prompt=p, response=story) for p, story in zip(prompts, stories)]
+        rows = data.encode(records, tok, model.config.n_positions, data.Counter())
+        return score_rows(reward.by_model(model), rows, tok.pad, model.device, "float32")
+
+    own, metrics = scores(prompts), {}
+    for slot in SLOTS:
+        others = [environment.near_miss(p, rng, slot) for p in prompts]
+        right = accuracy_of(own - scores(others)).item()
+        low, high = interval(right * n, n)
+        metrics |= {f"reads_{slot}": right, f"reads_{slot}_low": low, f"reads_{slot}_high": high}
+    return metrics
 
 
 def scored_pairs(model, tok, groups, cfg):
@@ -86,6 +113,12 @@ def print_summary(s, table, cfg):
               f"{s['accuracy'] / s['accuracy_ceiling']:.0%} of it")
     print(f"length    preferring the longer or the shorter answer would reach "
           f"{s['length_accuracy']:.3f}")
+    if "reads_mood" in s:
+        shares = "  ".join("{} {:.3f} ({:.3f} to {:.3f})".format(
+            slot, *(s[f"reads_{slot}{end}"] for end in ("", "_low", "_high")))
+            for slot in SLOTS)
+        print(f"does it read the request? It prefers a story under its own request to the same "
+              f"under a request with another  {shares}")
     print("probability of the model -> share that came true (pairs):  "
           + "  ".join(f"{said:.2f} -> {true:.2f} ({n})" for said, true, n in table))
     print(f"{s['seconds']:.0f} s; see {cfg.out}/curves.png")

@@ -1,7 +1,8 @@
-"""GPT-2's architecture, written by hand: one trunk, three heads.
+"""GPT-2's architecture, written by hand: one trunk, four heads.
 
     GPT        tokens (B, T) -> logits (B, T, V)     language models: what comes next?
     ScalarGPT  tokens (B, T) -> (B, T)               reward models and critics: how good so far?
+    ReadingGPT tokens (B, T) -> (B, T)               the same, with a head that reads the request
     QGPT       tokens (B, T) -> logits (B, T, V)     ILQL: what comes next, and is it worth it?
 
 Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's weights load here, and
@@ -163,8 +164,46 @@ class ScalarGPT(SavedModel):
         self.score = nn.Linear(config.n_embd, 1, bias=False)
         nn.init.normal_(self.score.weight, std=(config.n_embd + 1) ** -0.5)   # Stiennon et al. 2020
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, prompt_len: Tensor | None = None) -> Tensor:
         return wide(self.score(self.transformer(tokens)).squeeze(-1))
+
+    def rescale(self, mean: float, std: float):
+        """From now on it gives (x - mean) / std where it gave x. GPT-2's layout has no place for a
+        bias of the head, so the one of the last LayerNorm takes it up."""
+        head = self.score.weight[0]
+        self.transformer.ln_f.bias -= mean * head / (head @ head)
+        head /= std
+
+
+class ReadingGPT(ScalarGPT):
+    """The scalar head, and a second one that asks of each word of the response: does it fit?
+
+    The hidden state h before a word, which has seen the request, tells a language model what to
+    expect. The head compares it with the embedding e of the word that came: (A h) . e, where A is
+    learned, and starts as the language model's own answer, since h . e is the logit of the word.
+    The sum over the response so far is added to the scalar head's number.
+    """
+    architecture, settings = "ReadingGPT", dict(model_type="readinggpt")
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.match = nn.Linear(config.n_embd, config.n_embd, bias=False)                     # A
+        self.match.weight = nn.Parameter(0.03 * torch.eye(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, tokens: Tensor, prompt_len: Tensor | None = None) -> Tensor:
+        """prompt_len (B,): only words from there on are compared; None: all but the first."""
+        hidden, words = self.transformer(tokens), self.transformer.wte(tokens)          # (B, T, C)
+        match = wide((self.match(hidden[:, :-1]) * words[:, 1:]).sum(-1))               # (B, T - 1)
+        if prompt_len is not None:
+            at = torch.arange(1, tokens.shape[1], device=tokens.device)
+            match = match.masked_fill(at < prompt_len[:, None], 0)
+        return wide(self.score(hidden).squeeze(-1)) + F.pad(match.cumsum(1), (1, 0)) + self.bias
+
+    def rescale(self, mean: float, std: float):
+        self.bias -= mean
+        for weight in self.bias, self.score.weight, self.match.weight:
+            weight /= std
 
 
 def wide(x: Tensor) -> Tensor:

@@ -45,21 +45,21 @@ class PPOConfig(SampleConfig):
     eval_prompts: int = 500           # held-out prompts for the win rate
     advantage: Literal["gae", "reinforce", "rloo", "grpo"] = "gae"  # all but gae need no critic
     responses: int = 1                # to each prompt; rloo and grpo compare them with each other
-    steps: int = 40                   # rounds of collect and update; 0: one pass over the prompts
+    steps: int = 60                   # rounds of collect and update; 0: one pass over the prompts
     batch_size: int = 64              # responses per round
-    epochs: int = 2                   # passes over them
+    epochs: int = 1                   # passes over them
     minibatches: int = 2              # gradient steps per pass
-    learning_rate: float = 6e-4       # of the policy, in the first round; falls to zero
+    learning_rate: float = 8e-4       # of the policy, after the warm-up; falls to zero
     critic_learning_rate: float = 1e-3  # of the critic, likewise
     kl_coef: float = 0.1              # weight of the KL penalty: score units per nat
     kl_target: float = 0.0            # KL per response that kl_coef is adjusted to; 0: fixed
     gamma: float = 1.0                # discount; a response is short, so none
     lam: float = 0.95                 # GAE: 0 trusts the critic, 1 trusts the rewards
     clip: float = 0.2                 # a ratio that improved past 1 +- this gets no gradient
-    value_clip: float = 0.2           # a value that improved past the old +- this gets none
+    value_clip: float = 10.0          # a value that improved past the old +- this gets none
     temperature: float = 1.0          # of sampling, and so of every log-prob
     no_end_penalty: float = 0.0       # subtracted from the score of a response that never ends
-    warmup: int = 0                   # rounds over which the learning rates rise from zero
+    warmup: int = 10                  # rounds over which the learning rates rise from zero
     save_every: int = 10              # rounds between saves that --resume continues from
 
     def __post_init__(self):
@@ -142,7 +142,7 @@ def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
         measured = dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, entropy=entropy,
                         scores=score(tokens, prompt_len, mask))
         if critic is not None:
-            measured["old_values"] = response_window(critic(tokens), prompt_len, R)
+            measured["old_values"] = response_window(critic(tokens, prompt_len), prompt_len, R)
     return measured
 
 
@@ -199,7 +199,7 @@ def step(policy, critic, optimizers: dict, minibatch: Rollout, cfg: PPOConfig) -
         losses = dict(policy_loss=policy_loss(logprobs, batch.old_logprobs, batch.advantages,
                                               batch.mask, cfg.clip))
         if critic is not None:
-            values = response_window(critic(batch.tokens), batch.prompt_len, R)
+            values = response_window(critic(batch.tokens, batch.prompt_len), batch.prompt_len, R)
             losses["value_loss"] = value_loss(values, batch.old_values, batch.returns, batch.mask,
                                               cfg.value_clip)
         # Policy and critic are two networks: neither loss reaches the weights of the other.

@@ -6,6 +6,7 @@ in one pass over the comparisons (Ouyang et al. 2022, section 3.5).
 import math
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nanorlhf import environment, tokenizer
 from nanorlhf.generate import generate_rows
-from nanorlhf.model import GPT, ScalarGPT
+from nanorlhf.model import GPT, ReadingGPT, ScalarGPT
 from nanorlhf.support import UserError, loop, user_code
 from nanorlhf.support.config import SampleConfig
 from nanorlhf.support.data import collate, flatten, in_parts, pairs_in, rows_of, score_rows
@@ -26,6 +27,7 @@ class ComparisonConfig(SampleConfig):
     responses: int = 4                # to each prompt; annotators compare every two of them
     annotator_temperature: float = 0.45  # of annotators: they err on about 13 % of pairs
     likes_length: float = 0.0         # bias of annotators: reward they add for each word
+    near_misses: bool = True          # also compare answers to a request that differs in one word
     held_out_prompts: int = 1000      # prompts to measure on, one comparison each (built-in world)
     batch_size: int = 4               # prompts an update, with all their comparisons
     micro_batch_size: int = 0         # prompts in memory at once, same result; 0: no limit
@@ -36,7 +38,8 @@ class ComparisonConfig(SampleConfig):
 class RMConfig(ComparisonConfig):
     """Learn from comparisons how good a response is."""
     out: str = "out/rm"               # the run folder
-    learning_rate: float = 1e-3       # peak, after the warm-up; falls in a straight line to zero
+    head: Literal["reading", "scalar"] = "reading"  # see model.py: ReadingGPT, ScalarGPT
+    learning_rate: float = 4e-4       # peak, after the warm-up; falls in a straight line to zero
     weight_decay: float = 0.01        # on every weight
 
 
@@ -51,7 +54,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 def score(model: ScalarGPT, tokens: Tensor, prompt_len: Tensor, mask: Tensor) -> Tensor:
     """The reward at the last token of each response. tokens (B, T), mask (B, R) -> (B,)"""
     last = prompt_len + mask.sum(1) - 1
-    return model(tokens)[torch.arange(len(tokens), device=tokens.device), last]
+    return model(tokens, prompt_len)[torch.arange(len(tokens), device=tokens.device), last]
 
 
 def from_samples(sft: GPT, tok, cfg: ComparisonConfig):
@@ -61,26 +64,41 @@ def from_samples(sft: GPT, tok, cfg: ComparisonConfig):
 
 
 def compare_samples(sft: GPT, tok, n: int, k: int, cfg: ComparisonConfig, held_out: bool):
-    """The SFT model answers n prompts k times each, and annotators compare every two answers.
-    -> groups, and the accuracy that the annotators' own errors leave possible"""
-    prompts = environment.prompts(n, cfg.seed, held_out)
-    rows = generate_rows(sft, [tok.encode(p) for p in prompts], cfg.max_new_tokens, tok.eos,
-                         tok.pad, G=k, batch_size=cfg.micro_batch_size * k, dtype=cfg.dtype)
+    """Annotators compare every two of k answers of the SFT model to each of n prompts.
+    -> groups, and the accuracy that the annotators' own errors leave possible
+
+    With near misses, two prompts that differ in one word share their answers, half of which were
+    written for either. So half of the answers miss what was asked in one point.
+    """
+    prompts, rng, share = environment.prompts(n, cfg.seed, held_out), random.Random(cfg.seed), 1
+    if cfg.near_misses and not held_out:
+        prompts = [p for one in prompts[::2] for p in (one, environment.near_miss(one, rng))]
+        share = 2
+    encoded, G = [tok.encode(p) for p in prompts], math.ceil(k / share)
+    rows = generate_rows(sft, encoded, cfg.max_new_tokens, tok.eos, tok.pad, G=G,
+                         batch_size=cfg.micro_batch_size * G, dtype=cfg.dtype)
     annotator = environment.Annotator(cfg.annotator_temperature, cfg.likes_length)
-    rng, groups, ceilings = random.Random(cfg.seed), [], []
-    for prompt, group in zip(prompts, in_parts(rows, k), strict=True):
-        responses = [tok.decode(tokens[prompt_len:]) for tokens, prompt_len in group]
-        choices = annotator.compare(prompt, responses, rng)
-        groups.append((group, [(chosen, rejected) for chosen, rejected, _ in choices]))
+    groups, ceilings, shared = [], [], [*in_parts(rows, share * G)]
+    for i, (prompt, start) in enumerate(zip(prompts, encoded)):
+        answers = [tokens[prompt_len:] for tokens, prompt_len in shared[i // share]]
+        choices = annotator.compare(prompt, [tok.decode(answer) for answer in answers], rng)
+        groups.append(([(start + answer, len(start)) for answer in answers],
+                       [(chosen, rejected) for chosen, rejected, _ in choices]))
         ceilings += [ceiling for *_, ceiling in choices]
     return groups, sum(ceilings) / len(ceilings)
 
 
+def new_model(cfg: RMConfig, tok) -> ScalarGPT:
+    """The SFT model's trunk with a new head."""
+    kind = dict(reading=ReadingGPT, scalar=ScalarGPT)[cfg.head]
+    return kind.load(cfg.sft).resize_vocab(tok.vocab_size)
+
+
 def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
     """One pass over the comparisons; the model learns in place. -> summary"""
-    # The head is new and has far to go, the trunk is trained already: ten times the rate for it.
-    head, trunk = model.score.parameters(), model.transformer.parameters()
-    weights = [dict(params=[*head], lr=10 * cfg.learning_rate), dict(params=[*trunk])]
+    # The scalar head is new and has far to go: ten times the rate for it.
+    rest = [p for name, p in model.named_parameters() if name != "score.weight"]
+    weights = [dict(params=[model.score.weight], lr=10 * cfg.learning_rate), dict(params=rest)]
     optimizer = loop.adamw(weights, cfg.learning_rate, cfg.weight_decay)
     parts, state = dict(model=model, optimizer=optimizer), dict(step=0, tokens=0)
 
@@ -101,15 +119,13 @@ def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
 @torch.no_grad()
 def normalise(model: ScalarGPT, rows: list, pad: int, dtype: str) -> tuple[float, float]:
     """Shift and scale the model so that rows, the SFT model's samples, score mean 0, deviation 1.
-    The last LayerNorm's bias and the head take it up. -> mean and deviation before"""
+    -> mean and deviation before"""
     scores = score_rows(by_model(model), rows, pad, model.device, dtype)
     mean, std = scores.mean(), scores.std()
     if not std > 0:
         raise UserError(f"the reward model gives {mean.item():.3g} to every response: it has learnt"
                         " nothing to normalise; a lower --learning-rate is the usual remedy")
-    head = model.score.weight[0]
-    model.transformer.ln_f.bias -= mean * head / (head @ head)
-    head /= std
+    model.rescale(mean, std)
     return mean.item(), std.item()
 
 

@@ -31,9 +31,9 @@ class SFTConfig(TrainConfig):
     n_embd: int = 128                 # channels
     block_size: int = 160             # longest sequence, in tokens
     dropout: float = 0.0              # useful where data is scarce
-    steps: int = 1000                 # updates; 0: one pass over the data
+    steps: int = 800                  # updates; 0: one pass over the data
     batch_size: int = 16              # sequences an update; many small steps beat few large ones
-    learning_rate: float = 2e-3       # peak, after the warm-up; a cosine to a tenth follows
+    learning_rate: float = 3e-3       # peak, after the warm-up; a cosine to a tenth follows
     warmup: int = 100                 # steps over which the learning rate rises from zero
     weight_decay: float = 0.01        # on matrices; none on biases and LayerNorms
     save_every: int = 500             # steps between saves that --resume continues from

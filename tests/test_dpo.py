@@ -262,7 +262,9 @@ def test_annotators_who_never_err_choose_by_the_true_reward():
     tok = tokenizer.learn(environment.prompts(50), 400)
     torch.manual_seed(0)
     sft = GPT(GPTConfig(tok.vocab_size, 160, n_layer=1, n_head=2, n_embd=16)).eval()
-    cfg = dataclasses.replace(CFG, annotator_temperature=0.0, max_new_tokens=12)
+    cfg = dataclasses.replace(
+        CFG, annotator_temperature=0.0, max_new_tokens=12, near_misses=False
+    )
     groups, ceiling = compare_samples(sft, tok, 6, 3, cfg, held_out=False)
     margins = []
     for prompt, (rows, wins) in zip(environment.prompts(6, cfg.seed), groups, strict=True):

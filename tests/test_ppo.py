@@ -44,7 +44,9 @@ from nanorlhf.support.runlog import RunLog, read
 TINY = GPTConfig(vocab_size=11, n_positions=20, n_layer=1, n_head=2, n_embd=16)
 EOS, PAD, LIKED = 9, 10, 3
 PROMPTS = [[1], [2, 4, 5], [6, 7], [8, 0, 1, 2]]
-CFG = PPOConfig(device="cpu", dtype="float32", batch_size=4, max_new_tokens=8, kl_coef=0.1)
+CFG = PPOConfig(
+    device="cpu", dtype="float32", batch_size=4, max_new_tokens=8, kl_coef=0.1, epochs=2, warmup=0
+)
 
 
 def three_models(**changes):

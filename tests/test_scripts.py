@@ -149,7 +149,7 @@ def test_another_seed_draws_other_samples(workshop):
 def test_the_micro_batch_size_bounds_what_the_reward_model_samples_and_changes_no_result(
     size, workshop, monkeypatch, capsys
 ):
-    """It counts prompts: those of the comparisons have three responses, those held out two."""
+    """It counts prompts. Each has two responses: those of the comparisons share theirs by twos."""
     sample, train = generate.generate, reward.train
     sampled, learnt_from = [], []
 
@@ -166,12 +166,12 @@ def test_the_micro_batch_size_bounds_what_the_reward_model_samples_and_changes_n
         sampled.clear()
         train_rm.main(reward.RMConfig(
             out=f"out/{name}-{size}", micro_batch_size=micro_batch_size, steps=3, prompts=6,
-            responses=3, held_out_prompts=8, max_new_tokens=12, device="cpu", dtype="float32",
+            responses=4, held_out_prompts=8, max_new_tokens=12, device="cpu", dtype="float32",
         ))  # fmt: skip
         if not micro_batch_size:
-            assert sampled[:2] == [(6, 3), (8, 2)]  # all at once, and so are the 256 to normalise
+            assert sampled[:2] == [(6, 2), (8, 2)]  # all at once, and so are the 256 to normalise
     assert {n for n, _ in sampled} == {size}
-    assert sum(n * G for n, G in sampled) == 6 * 3 + 8 * 2 + 256
+    assert sum(n * G for n, G in sampled) == 6 * 2 + 8 * 2 + 256
     assert learnt_from[0] == learnt_from[1]
     whole, parts = (workshop[0] / "out" / f"{name}-{size}" for name in ("whole", "parts"))
     ours, theirs = (json.loads((run / "summary.json").read_text()) for run in (parts, whole))
