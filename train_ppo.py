@@ -61,6 +61,9 @@ def main(cfg):
     summary["kl"] = result["kl_policy"]
     if not cfg.data:
         summary |= dict(gold_before=result["score_against"], gold_after=result["score_policy"])
+        parts = {name: (result[f"{name}_against"], result[f"{name}_policy"])
+                 for name in environment.parts(held_out[0], "")}
+        summary["parts"] = parts                               # {name: (before, after)}
     summary = log.finish(**summary)
     samples(cfg.out, *(generate_texts(model, tok, shown, cfg.max_new_tokens, cfg.temperature,
                                       cfg.seed) for model in (reference, policy)))
@@ -70,6 +73,9 @@ def main(cfg):
           f"at {summary['kl']:.1f} nats a response, after {summary['seconds']:.0f} s")
     print(f"{judged}: {result['score_against']:.2f} before, {result['score_policy']:.2f} after; "
           f"see {cfg.out}/curves.png and samples.md")
+    if not cfg.data:
+        print("its parts: " + "  ".join(f"{name} {before:.2f} -> {after:.2f}"
+                                        for name, (before, after) in parts.items()))
     print(f"next: python -m nanorlhf.evaluate --policy {cfg.out} --against {cfg.sft}")
 
 

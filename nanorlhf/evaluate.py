@@ -62,6 +62,10 @@ def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> d
                                  cfg.micro_batch_size or 64).tolist())
         metrics = describe(model, against, rows, tok, cfg)
         metrics = dict(score=sum(scores[-1]) / len(rows), **metrics)
+        if not cfg.data:                                      # the parts of the true reward, too
+            parts = [environment.parts(prompt, tok.decode(tokens[n:]))
+                     for prompt, (tokens, n) in zip(prompts, rows, strict=True)]
+            metrics |= {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
         summary |= {f"{key}_{name}": x for key, x in metrics.items()}
     rate, low, high = win_rate(*scores)
     return dict(win_rate=rate, win_rate_low=low, win_rate_high=high) | summary

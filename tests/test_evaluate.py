@@ -171,6 +171,19 @@ def test_compare_says_who_is_preferred_and_what_each_is_like(tok):
     assert found["kl_against"] == 0 and math.isfinite(found["perplexity_policy"])
 
 
+def test_compare_takes_the_true_reward_apart(tok):
+    """In the built-in world only: elsewhere there is none."""
+    models, prompts = (make_model(tok), make_model(tok, seed=1)), environment.prompts(20)
+    found = compare(*models, tok, prompts, true_reward(tok), CFG)
+    names = environment.parts(prompts[0], "")
+    for side in "policy", "against":
+        parts = [found[f"{name}_{side}"] for name in names]
+        assert sum(parts) == pytest.approx(found[f"score_{side}"], abs=1e-5)
+    nothing = lambda tokens, prompt_len, mask: torch.zeros(len(tokens))  # noqa: E731
+    elsewhere = dataclasses.replace(CFG, data=["a file"])
+    assert "mood_policy" not in compare(*models, tok, ["Hello"] * 3, nothing, elsewhere)
+
+
 def test_the_same_seed_draws_the_same_responses_whatever_was_drawn_before(tok):
     models, judge = (make_model(tok), make_model(tok, seed=1)), true_reward(tok)
     found = compare(*models, tok, environment.prompts(10), judge, CFG)
