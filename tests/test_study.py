@@ -201,7 +201,7 @@ def test_the_true_reward_of_a_round_stands_beside_the_score_of_the_same_round(
 ):
     tok = tokenizer.load(start / "sft")
     monkeypatch.setattr(reward, "score", lambda _, *batch: reward.true_reward(tok)(*batch))
-    rounds = overoptimise.follow_ppo(config(start, tmp_path, steps=3, rm=f"{start}/rm"), seed=1)
+    rounds = overoptimise.follow_ppo(config(start, tmp_path, steps=3, prompts=16), seed=1)
     assert len(rounds) == 3 and len({row["gold"] for row in rounds}) == 3
     assert all(row["proxy"] == pytest.approx(row["gold"]) for row in rounds)
 

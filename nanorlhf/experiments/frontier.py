@@ -1,6 +1,6 @@
 """How much true reward does each method reach, and how far from the SFT model does it go for it?
 
-    python -m nanorlhf.experiments.frontier             five seeds; --quick: one seed, short runs
+    python -m nanorlhf.experiments.frontier             three seeds; --quick: one seed, short runs
 
 A dial is the setting that decides how far a method moves: n, beta, or the weight of the KL penalty.
 """
@@ -25,21 +25,26 @@ from nanorlhf.support.runlog import RunLog
 def policy_gradient(cfg, seed, dial, **settings):
     """PPO's loop; the dial is kl_coef. Like all methods, yields a row for each place of it."""
     for kl_coef in dial:
-        # At a heavy penalty and the default rate, the noise of the gradient alone would cost a nat.
-        rate = {1.0: 2e-4, 0.3: 2e-4, 0.1: 3e-4}.get(kl_coef, ppo.PPOConfig.learning_rate)
-        usual = dict(kl_coef=kl_coef, learning_rate=rate, steps=cfg.steps)
+        usual = dict(kl_coef=kl_coef, steps=cfg.steps)
         yield measure(*train_policy(cfg, seed, RunLog(), **usual | settings), cfg, seed, kl_coef)
 
 
-def train_policy(cfg, seed, log, **settings):
-    """PPO's loop, with the score of the reward model in cfg.rm. -> policy, reference, tokenizer"""
+def train_policy(cfg, seed, log, by_truth=False, **settings):
+    """PPO's loop, with the score of the reward model in cfg.rm, or with the true reward on the same
+    scale: mean 0 and deviation 1 for the SFT model. -> policy, reference, tokenizer"""
     stage = ppo.PPOConfig(seed=seed, device=cfg.device, dtype=cfg.dtype, **settings)
     reference, tok = load_policy(cfg.sft, setup(stage))
     policy = copy.deepcopy(reference)
     reward_model, critic = (reward.load_for(cfg.rm, policy, tok) for _ in range(2))
     prompts = [tok.encode(p) for p in environment.prompts(cfg.prompts, seed)]
-    ppo.train(policy, reference, critic if stage.advantage == "gae" else None,
-              reward.by_model(reward_model), prompts, tok.eos, tok.pad, stage, log)
+    score = reward.by_model(reward_model)
+    if by_truth:
+        truth = reward.true_reward(tok)
+        rows = generate_rows(policy, prompts[:256], 80, tok.eos, tok.pad, dtype=cfg.dtype)
+        usual = reward.score_rows(truth, rows, tok.pad, policy.device, cfg.dtype)
+        score = lambda *batch: (truth(*batch) - usual.mean()) / usual.std()  # noqa: E731
+    ppo.train(policy, reference, critic if stage.advantage == "gae" else None, score, prompts,
+              tok.eos, tok.pad, stage, log)
     return policy, reference, tok
 
 
@@ -75,7 +80,7 @@ def measure(policy, reference, tok, cfg, seed, dial):
                 win_rate=result["win_rate"])
 
 
-def run_best_of_n(cfg, seed, dial, pool=32):
+def run_best_of_n(cfg, seed, dial, pool=16):
     """The dial is n. Nothing is trained: of n responses, the reward model chooses the best."""
     sft, tok = load_policy(cfg.sft, setup(replace(cfg, seed=seed)))
     prompts = [tok.encode(p) for p in environment.prompts(cfg.eval_prompts, seed, held_out=True)]
@@ -102,12 +107,13 @@ def best_of_n(scores: Tensor, n: int) -> Tensor:
 METHODS = dict(                       # and the places of their dials
     sft=(partial(run_best_of_n, pool=1), (1,)),
     best_of_n=(run_best_of_n, (2, 4, 8, 16)),
-    ppo=(policy_gradient, (1.0, 0.3, 0.1, 0.05)),
-    reinforce=(partial(policy_gradient, advantage="reinforce"), (1.0, 0.3, 0.05)),
-    rloo=(partial(policy_gradient, advantage="rloo", responses=4), (1.0, 0.3, 0.05)),
-    grpo=(partial(policy_gradient, advantage="grpo", responses=4), (1.0, 0.3, 0.05)),
-    dpo=(run_dpo, (1.0, 0.3, 0.1)),
-    ilql=(run_ilql, (1, 2, 4, 8, 16, 32)))
+    ppo=(policy_gradient, (0.3, 0.1)),
+    ppo_true_reward=(partial(policy_gradient, by_truth=True), (0.1,)),
+    reinforce=(partial(policy_gradient, advantage="reinforce"), (0.1,)),
+    rloo=(partial(policy_gradient, advantage="rloo", responses=4), (0.1,)),
+    grpo=(partial(policy_gradient, advantage="grpo", responses=4), (0.1,)),
+    dpo=(run_dpo, (0.3, 0.1)),
+    ilql=(run_ilql, (2, 4, 8, 16)))
 
 
 def frontier(cfg):
@@ -126,4 +132,4 @@ def frontier(cfg):
 
 
 if __name__ == "__main__":
-    study.main(frontier, seeds=5)
+    study.main(frontier)

@@ -16,12 +16,12 @@ from nanorlhf import environment, reward, tokenizer
 from nanorlhf.experiments import study
 from nanorlhf.experiments.frontier import run_best_of_n, train_policy
 from nanorlhf.generate import generate_rows
-from nanorlhf.model import ScalarGPT, load_policy
+from nanorlhf.model import load_policy
 from nanorlhf.support import plotting
 from nanorlhf.support.config import setup
 from nanorlhf.support.runlog import RunLog
 
-LABELS = 100, 400, 1600, 6400         # comparisons that a reward model learns from
+LABELS = 100, 800, 6400               # comparisons that a reward model learns from
 WINDOW = 4                            # rounds of PPO in one row: 64 responses are a noisy mean
 LAWS = {"d (a - b d)": lambda d: d, "d (a - b log d)": np.log}      # of best-of-n, of PPO
 COLUMNS = "labels", "method", "seed", "kl", "proxy", "gold"
@@ -54,7 +54,7 @@ def run_both(cfg, labels, likes_length, seed):
     for i in range(0, len(rounds), WINDOW):
         yield {name: mean(row[name] for row in rounds[i:i + WINDOW]) for name in rounds[0]}
     if not likes_length:
-        for row in run_best_of_n(cfg, seed, (1, 2, 4, 8, 16, 32)):
+        for row in run_best_of_n(cfg, seed, (1, 2, 4, 8, 16)):
             yield dict(row, method="best_of_n")
 
 
@@ -62,11 +62,11 @@ def train_reward_model(cfg, labels, likes_length, seed):
     """A reward model from so many comparisons, saved in cfg.rm."""
     prompts = -(-labels // 6)            # four responses to each, and six comparisons of them
     # Few comparisons are seen several times, or the head would stay close to its random start.
-    stage = reward.RMConfig(likes_length=likes_length, seed=seed, device=cfg.device,
+    stage = reward.RMConfig(sft=cfg.sft, likes_length=likes_length, seed=seed, device=cfg.device,
                             dtype=cfg.dtype, steps=max(100, -(-prompts // 4)))
     sft, tok = load_policy(cfg.sft, setup(stage))
     groups, _ = reward.compare_samples(sft, tok, prompts, 4, stage, held_out=False)
-    model = ScalarGPT.load(cfg.sft).to(sft.device)
+    model = reward.new_model(stage, tok).to(sft.device)
     reward.train(model, groups, tok.pad, stage, RunLog())
     prompts = [tok.encode(p) for p in environment.prompts(256, seed)]
     rows = generate_rows(sft, prompts, 80, tok.eos, tok.pad, dtype=cfg.dtype)
@@ -77,7 +77,7 @@ def train_reward_model(cfg, labels, likes_length, seed):
 def follow_ppo(cfg, seed):
     """PPO without a KL penalty; the policy is saved beside the reward model. -> rounds"""
     log = RoundsLog(decode=tokenizer.load(cfg.sft).decode)
-    policy, _, tok = train_policy(cfg, seed, log, steps=cfg.steps, kl_coef=0.0, learning_rate=3e-4)
+    policy, _, tok = train_policy(cfg, seed, log, steps=cfg.steps, kl_coef=0.0)
     policy.save(f"{cfg.rm}-ppo", tok)
     return log.rounds
 
@@ -119,4 +119,4 @@ def fit_law(kl, gain, decline):
 
 
 if __name__ == "__main__":
-    study.main(overoptimise, steps=60)
+    study.main(overoptimise)

@@ -32,7 +32,7 @@ class StudyConfig(ComputeConfig):
     quick: bool = False               # one seed, at most 1,000 prompts and 20 rounds
 
 
-def main(study, seeds=3, steps=40):
+def main(study, seeds=3, steps=60):
     """The program of a study, a function of a StudyConfig; seeds, steps: where none are given."""
     def program(cfg):
         cfg = replace(cfg, out=cfg.out or f"out/{study.__name__}", seeds=cfg.seeds or seeds,
