@@ -135,7 +135,7 @@ def collect(folder, prompts, **settings):
 def update(folder, **settings):
     """One rollout, made by each process for itself from the same seed, and then shared work."""
     cfg = ppo.PPOConfig(out=folder, **COMMON, max_new_tokens=8, batch_size=7, learning_rate=1e-2,
-                        critic_learning_rate=1e-2, **settings)  # fmt: skip
+                        critic_learning_rate=1e-2, epochs=2, **settings)  # fmt: skip
     policy, reference, critic = three_models(cfg)
     rollout = ppo.collect(policy, reference, critic, even, PROMPTS[:7], cfg, 0.1, END, PAD)
     config.setup(cfg)

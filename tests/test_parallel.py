@@ -233,7 +233,7 @@ def test_one_process_speaks_and_goes_on_alone(start, tmp_path):
 
 
 @pytest.mark.parametrize("settings, sentence", [
-    (dict(steps=7), "holds a run with other settings (steps 1000 there, 7 here)"),
+    (dict(steps=7), "holds a run with other settings (steps 800 there, 7 here)"),
     (dict(stepz=7), "--stepz is not a flag of"),
     (dict(device="mps"), "--device: PyTorch sees cpu on this machine"),
 ])  # fmt: skip
