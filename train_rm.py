@@ -16,7 +16,6 @@ from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 from nanorlhf.support.stats import accuracy_of, interval
 
-SLOTS = "mood", *environment.NOUNS                          # the words of a request that vary
 PANELS = [("Loss", "nats / pair", ["loss"]), ("Accuracy", "of the batch", ["accuracy"]),
           ("Margin", "chosen - rejected", ["margin"]), ("Gradient norm", "", ["grad_norm"])]
 
@@ -85,7 +84,7 @@ def reads_request(model, tok, n, seed):
         return score_rows(reward.by_model(model), rows, tok.pad, model.device, "float32")
 
     own, metrics = scores(prompts), {}
-    for slot in SLOTS:
+    for slot in environment.ASKED:
         others = [environment.near_miss(p, rng, slot) for p in prompts]
         right = accuracy_of(own - scores(others)).item()
         low, high = interval(right * n, n)
@@ -116,7 +115,7 @@ def print_summary(s, table, cfg):
     if "reads_mood" in s:
         shares = "  ".join("{} {:.3f} ({:.3f} to {:.3f})".format(
             slot, *(s[f"reads_{slot}{end}"] for end in ("", "_low", "_high")))
-            for slot in SLOTS)
+            for slot in environment.ASKED)
         print(f"does it read the request? It prefers a story under its own request to the same "
               f"under a request with another  {shares}")
     print("probability of the model -> share that came true (pairs):  "

@@ -27,6 +27,7 @@ NOUNS, OTHERS, MOODS, PLAIN = json.loads(
     Path(__file__).with_name("story_words.json").read_text(encoding="utf-8")).values()
 UNWANTED = "gloomy"         # no prompt requests this mood; a careless author writes it by mistake
 WANTED = [mood for mood in MOODS if mood != UNWANTED]
+ASKED = dict(mood=WANTED, **NOUNS)            # {slot: words} of what a request names
 MOOD_OF = {word: mood for mood in MOODS for words in MOODS[mood].values() for word in words}
 WORDS = NOUNS | OTHERS | {slot: PLAIN[slot] + [word for mood in MOODS.values()
                                                for word in mood[slot]] for slot in PLAIN}
@@ -81,7 +82,7 @@ class Request:
     def parse(cls, prompt: str) -> "Request":
         """The request behind a prompt. Raises UserError where the prompt is not one of ours."""
         words = re.findall(r"\w+", prompt)
-        found = [[word for word in words if word in known] for known in (WANTED, *NOUNS.values())]
+        found = [[word for word in words if word in known] for known in ASKED.values()]
         if not all(found):
             raise UserError(f"the built-in reward judges requests like {REQUESTS[0].strip()!r}, "
                             f"not {prompt.strip()[:80]!r}")
@@ -91,16 +92,15 @@ class Request:
 def near_miss(prompt: str, rng: random.Random, slot: str = "") -> str:
     """The prompt of a request that differs in one word: mood, hero, thing or place, as slot says
     or at random. It is held out only if the prompt is."""
-    request, words = Request.parse(prompt), dict(mood=WANTED, **NOUNS)
-    slot = slot or rng.choice([*words])
-    others = [replace(request, **{slot: word}) for word in words[slot]]
+    request, slot = Request.parse(prompt), slot or rng.choice([*ASKED])
+    others = [replace(request, **{slot: word}) for word in ASKED[slot]]
     others = [r for r in others if r != request and r.held_out <= request.held_out]
     return str(rng.choice(others or [request]))
 
 
 def prompts(n: int, seed: int = 0, held_out: bool = False) -> list[str]:
     """n distinct prompts, for training or held out. Raises UserError where there are fewer."""
-    requests = [Request(*words) for words in product(WANTED, *NOUNS.values())]
+    requests = [Request(*words) for words in product(*ASKED.values())]
     requests = [request for request in requests if request.held_out == held_out]
     if n > len(requests):
         raise UserError(f"the built-in world has {len(requests):,} such prompts, not {n:,}")
