@@ -67,8 +67,9 @@ def compare_samples(sft: GPT, tok, n: int, k: int, cfg: ComparisonConfig, held_o
     """Annotators compare every two of k answers of the SFT model to each of n prompts.
     -> groups, and the accuracy that the annotators' own errors leave possible
 
-    With near misses, two prompts that differ in one word share their answers, half of which were
-    written for either. So half of the answers miss what was asked in one point.
+    With near misses, two prompts that differ in one word share their answers: half are written for
+    the one and half for the other. So half of the answers to a prompt miss what was asked in one
+    point. Odd numbers n and k are then rounded up.
     """
     prompts, rng, share = environment.prompts(n, cfg.seed, held_out), random.Random(cfg.seed), 1
     if cfg.near_misses and not held_out:

@@ -42,7 +42,9 @@ def train_policy(cfg, seed, log, by_truth=False, **settings):
         truth = reward.true_reward(tok)
         rows = generate_rows(policy, prompts[:256], 80, tok.eos, tok.pad, dtype=cfg.dtype)
         usual = reward.score_rows(truth, rows, tok.pad, policy.device, cfg.dtype)
-        score = lambda *batch: (truth(*batch) - usual.mean()) / usual.std()  # noqa: E731
+
+        def score(*batch):
+            return (truth(*batch) - usual.mean()) / usual.std()
     ppo.train(policy, reference, critic if stage.advantage == "gae" else None, score, prompts,
               tok.eos, tok.pad, stage, log)
     return policy, reference, tok
