@@ -295,9 +295,11 @@ def response_len(rows):
 
 @torch.no_grad()
 def score_rows(score, rows, pad, device, dtype, batch_size=64):
-    """score: a function (tokens, prompt_len, mask) -> (B,). -> the scores of all rows"""
+    """score: a function (tokens, prompt_len, mask) -> (B,). -> the scores of all rows, in order"""
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))   # so there is less padding
     scores = []
-    for part in in_parts(rows, batch_size):
+    for part in in_parts(by_length, batch_size):
         with autocast(device, dtype):
-            scores.append(score(*collate(part, pad, device)))
-    return torch.cat(scores)
+            scores.append(score(*collate([rows[i] for i in part], pad, device)))
+    scores = torch.cat(scores)
+    return scores[torch.tensor(by_length, device=scores.device).argsort()]
