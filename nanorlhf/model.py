@@ -178,31 +178,33 @@ class ScalarGPT(SavedModel):
 class ReadingGPT(ScalarGPT):
     """The scalar head, and a second one that asks of each word of the response: does it fit?
 
-    The hidden state h before a word, which has seen the request, tells a language model what to
-    expect. The head compares it with the embedding e of the word that came: (A h) . e, where A is
-    learned, and starts as the language model's own answer, since h . e is the logit of the word.
-    The sum over the response so far is added to the scalar head's number.
+    The hidden state h before a word has seen the request, and tells a language model what to
+    expect. It is compared with the embedding e of the word that came: P(it fits) = sigmoid((A h) .
+    e + c), which starts near the language model's own answer, the logit h . e. The mean of log P so
+    far is added to the scalar head's number. It is at most 0: no word earns more when repeated.
     """
     architecture, settings = "ReadingGPT", dict(model_type="readinggpt")
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.match = nn.Linear(config.n_embd, config.n_embd, bias=False)                     # A
-        self.match.weight = nn.Parameter(0.03 * torch.eye(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.match.weight = nn.Parameter(0.06 * torch.eye(config.n_embd))
+        self.offset, self.bias = (nn.Parameter(torch.zeros(())) for _ in range(2))           # c
+        self.register_buffer("scale", torch.tensor(50.0))   # so that one misfit of 50 counts fully
 
     def forward(self, tokens: Tensor, prompt_len: Tensor | None = None) -> Tensor:
         """prompt_len (B,): only words from there on are compared; None: all but the first."""
         hidden, words = self.transformer(tokens), self.transformer.wte(tokens)          # (B, T, C)
-        match = wide((self.match(hidden[:, :-1]) * words[:, 1:]).sum(-1))               # (B, T - 1)
-        if prompt_len is not None:
-            at = torch.arange(1, tokens.shape[1], device=tokens.device)
-            match = match.masked_fill(at < prompt_len[:, None], 0)
-        return wide(self.score(hidden).squeeze(-1)) + F.pad(match.cumsum(1), (1, 0)) + self.bias
+        match = wide((self.match(hidden[:, :-1]) * words[:, 1:]).sum(-1)) + self.offset
+        at = torch.arange(1, tokens.shape[1], device=tokens.device).expand_as(match)
+        compared = at >= (1 if prompt_len is None else prompt_len[:, None])
+        fits = F.logsigmoid(match).masked_fill(~compared, 0).cumsum(1)                  # (B, T - 1)
+        mean = F.pad(fits / compared.cumsum(1).clamp(min=1), (1, 0))                        # (B, T)
+        return wide(self.score(hidden).squeeze(-1)) + self.bias + self.scale * mean
 
     def rescale(self, mean: float, std: float):
         self.bias -= mean
-        for weight in self.bias, self.score.weight, self.match.weight:
+        for weight in self.bias, self.score.weight, self.scale:
             weight /= std
 
 

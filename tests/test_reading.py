@@ -2,10 +2,12 @@
 that show whether a reward model cares about what was asked."""
 
 import dataclasses
+import math
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
@@ -39,18 +41,37 @@ def model():
 # --- the formula ---
 
 
-def test_the_head_adds_up_what_every_word_of_the_response_is_worth(model):
+def mean_log_fit(model, words, start):
+    """The mean of log P(it fits) over the words from `start` on, written out; 0 without words."""
+    hidden = model.transformer(torch.tensor([words]))[0]
+    logs = [0.0]
+    for t in range(start, len(words)):
+        word = model.transformer.wte.weight[words[t]]
+        match = (word @ (model.match.weight @ hidden[t - 1]) + model.offset).item()
+        logs.append(-math.log(1 + math.exp(-match)))
+    return sum(logs) / max(1, len(logs) - 1)
+
+
+def test_the_head_takes_the_mean_of_how_well_every_word_of_the_response_fits(model):
     tokens, prompt_len, mask = collate(ROWS, PAD)
     found, scores = model(tokens, prompt_len), reward.score(model, tokens, prompt_len, mask)
     for row, (words, start) in enumerate(ROWS):
         hidden = model.transformer(torch.tensor([words]))[0]
-        for last in range(len(words)):
-            expected = model.score.weight[0] @ hidden[last] + model.bias
-            for t in range(start, last + 1):
-                word = model.transformer.wte.weight[words[t]]
-                expected = expected + word @ (model.match.weight @ hidden[t - 1])
-            assert found[row, last].item() == pytest.approx(expected.item())
+        for n in range(1, len(words) + 1):
+            expected = model.score.weight[0] @ hidden[n - 1] + model.bias
+            expected = expected + model.scale * mean_log_fit(model, words[:n], start)
+            assert found[row, n - 1].item() == pytest.approx(expected.item())
         assert scores[row].item() == pytest.approx(expected.item())
+
+
+def test_no_word_earns_more_by_being_repeated(model):
+    """The head's number is at most 0, however well words fit: so there is a best score."""
+    nn.init.zeros_(model.score.weight)
+    nn.init.eye_(model.match.weight)
+    model.match.weight.data *= 100  # a word that fits at all now fits as well as can be
+    for word in range(12):
+        values = model(torch.tensor([[1] + [word] * 15]))[0] - model.bias
+        assert values.max() <= 0
 
 
 def test_without_a_prompt_every_word_but_the_first_counts(model):
@@ -59,7 +80,7 @@ def test_without_a_prompt_every_word_but_the_first_counts(model):
     assert not torch.allclose(model(tokens), model(tokens, torch.tensor([2])))
 
 
-def test_it_starts_as_the_scalar_head_and_a_share_of_the_language_models_logits(tmp_path):
+def test_it_starts_from_the_scalar_head_and_the_language_models_logits(tmp_path):
     torch.manual_seed(0)
     gpt = GPT(TINY).eval()
     gpt.save(tmp_path)
@@ -69,8 +90,8 @@ def test_it_starts_as_the_scalar_head_and_a_share_of_the_language_models_logits(
     for words, start in ROWS:
         tokens, prompt_len = torch.tensor([words]), torch.tensor([start])
         logits = gpt(tokens)[0]
-        fits = sum(logits[t - 1, words[t]] for t in range(start, len(words)))
-        expected = scalar(tokens)[0, -1] + 0.03 * fits
+        fits = [F.logsigmoid(0.06 * logits[t - 1, words[t]]) for t in range(start, len(words))]
+        expected = scalar(tokens)[0, -1] + 50 * sum(fits) / len(fits)
         assert new(tokens, prompt_len)[0, -1].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
@@ -97,8 +118,8 @@ def test_rescaling_shifts_and_scales_every_number(kind):
         assert torch.allclose(model(tokens, prompt_len), (before - 0.7) / 2.5)
 
 
-def test_a_critic_that_starts_from_it_knows_what_each_word_earned(model):
-    """Its values are the sums so far, so one-step advantages are the words' own numbers."""
+def test_a_critic_that_starts_from_it_knows_what_each_word_changed(model):
+    """Its values are the means so far, so one-step advantages say by how much a word changed it."""
     nn.init.zeros_(model.score.weight)
     tokens, prompt_len, mask = collate(ROWS, PAD)
     R = mask.shape[1]
@@ -107,10 +128,9 @@ def test_a_critic_that_starts_from_it_knows_what_each_word_earned(model):
     rewards[range(3), mask.sum(1) - 1] = reward.score(model, tokens, prompt_len, mask)
     advantages = gae(rewards, values, mask, lam=0.0)
     for row, (words, start) in enumerate(ROWS):
-        hidden = model.transformer(torch.tensor([words]))[0]
-        for r, t in enumerate(range(start, len(words))):
-            word = model.transformer.wte.weight[words[t]]
-            expected = word @ (model.match.weight @ hidden[t - 1])
+        means = [mean_log_fit(model, words[:n], start) for n in range(start, len(words) + 1)]
+        for r in range(len(words) - start):
+            expected = model.scale * (means[r + 1] - means[r])
             assert advantages[row, r].item() == pytest.approx(expected.item())
 
 

@@ -9,7 +9,7 @@ def rows_at_a_time(function, logits, *others, **settings):
     """function(logits (..., V), *others (...), **settings) -> (...), for a few rows at a time: they
     stay in the processor's cache, so at GPT-2's vocabulary it is twice as fast, in less memory."""
     rows = logits.flatten(0, -2), *(x.flatten() for x in others)
-    if len(rows[0]) <= rows_in_chunk(logits):            # nothing to split, nothing to compute twice
+    if len(rows[0]) <= rows_in_chunk(logits):         # nothing to split, or to compute twice
         return function(logits, *others, **settings)
     return _RowsAtATime.apply(partial(function, **settings), *rows).view(logits.shape[:-1])
 
