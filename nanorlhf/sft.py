@@ -26,8 +26,8 @@ class SFTConfig(TrainConfig):
     tokenizer: str = "builtin"        # builtin (learned from the data), gpt2, or a run folder
     init: str = "scratch"             # scratch, a run folder, or gpt2, gpt2-medium, -large, -xl
     vocab_size: int = 1024            # of a tokenizer that is learned
-    n_layer: int = 4                  # size of a model from scratch
-    n_head: int = 4                   # attention heads
+    n_layer: int = 2                  # size of a model from scratch
+    n_head: int = 2                   # attention heads
     n_embd: int = 128                 # channels
     block_size: int = 160             # longest sequence, in tokens
     dropout: float = 0.0              # useful where data is scarce

@@ -10,9 +10,9 @@ from nanorlhf.experiments.frontier import policy_gradient
 from nanorlhf.ppo import PPOConfig
 
 # A value below the default and one above. Of lam, the distance from 1 is halved and doubled.
-KNOBS = dict(learning_rate=(4e-4, 16e-4), critic_learning_rate=(5e-4, 2e-3), kl_coef=(0.05, 0.2),
+KNOBS = dict(learning_rate=(4e-4, 16e-4), critic_learning_rate=(5e-4, 2e-3), kl_coef=(0.025, 0.1),
              clip=(0.1, 0.4), lam=(0.975, 0.9), minibatches=(1, 4), batch_size=(32, 128),
-             steps=(30, 120))
+             steps=(20, 80))
 
 
 def knobs(cfg):

@@ -26,13 +26,13 @@ class StudyConfig(ComputeConfig):
     sft: str = "out/sft"              # where every run starts; also the reference
     rm: str = "out/rm"                # the reward model
     seeds: int = 0                    # runs of each setting, from --seed on; 0: the study's own
-    prompts: int = 3000               # prompts to train on
+    prompts: int = 4000               # prompts to train on
     eval_prompts: int = 500           # held-out prompts to measure on
     steps: int = 0                    # rounds of PPO and the like; 0: the study's own number
     quick: bool = False               # one seed, at most 1,000 prompts and 20 rounds
 
 
-def main(study, seeds=3, steps=60):
+def main(study, seeds=3, steps=40):
     """The program of a study, a function of a StudyConfig; seeds, steps: where none are given."""
     def program(cfg):
         cfg = replace(cfg, out=cfg.out or f"out/{study.__name__}", seeds=cfg.seeds or seeds,

@@ -44,7 +44,7 @@ class SampleConfig(TrainConfig):
     """What the stages that learn from samples of a policy have in common."""
     sft: str = "out/sft"              # the model to start from
     data: list[str] = field(default_factory=list)  # files; none: the built-in world
-    prompts: int = 3000               # prompts to sample responses to (built-in world)
+    prompts: int = 4000               # prompts to sample responses to (built-in world)
     responses: int = 4                # to each prompt
     max_new_tokens: int = 80          # longest sampled response
     steps: int = 0                    # updates; 0: one pass over the data
