@@ -3,7 +3,7 @@
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft     judged by the true reward
     python -m nanorlhf.evaluate --judge choices.jsonl                  judged by people
 
-A file of choices is JSON Lines: {"prompt", "first", "second", "choice"}, where first and second are
+A file of choices has records {"prompt", "first", "second", "choice"}, where first and second are
 responses of the policy and of the model to beat, and choice is "first", "second" or "tie".
 """
 import math

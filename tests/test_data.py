@@ -207,7 +207,7 @@ GOOD = {"prompt": "p", "response": "r"}
         ("[1, 2]", r"JSON in UTF-8, an object; came b'\[1, 2\]"),
         ("[" * 100_000, "JSON"),
         ('{"text": ' + "9" * 5000 + "}", "JSON"),
-        ({"prompt": "p", "completion": "c"}, r"came the keys \['prompt', 'completion'\]"),
+        ({"prompt": "p", "reply": "c"}, r"came the keys \['prompt', 'reply'\]"),
         ({"response": "r"}, r"came the keys \['response'\]"),
         ({"prompt": "p", "chosen": "c"}, r"came the keys \['prompt', 'chosen'\]"),
         ({}, r"came the keys \[\]"),

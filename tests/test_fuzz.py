@@ -80,23 +80,30 @@ RECORDS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     {"prompt": "p"},
     {"prompt": "p", "first": "a", "second": "b", "choice": "tie"},
+    {"prompt": "p", "completion": "c", "label": True},
+    {"instruction": "i", "input": "x", "output": "o"},
+    {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"},
+     "rejected": {"from": "gpt", "value": "c"}},
 ]
 LINES = [dumps(record) + b"\n" for record in RECORDS]
+ARRAY = b"[" + b",".join(LINES) + b"]"
 READERS = [data.demonstrations, data.preferences, data.prompts]
 
 
 @st.composite
 def records(draw):
     """The right keys, with anything under them."""
-    keys = ["text", "prompt", "response", "chosen", "rejected", "messages", "role", "content"]
-    turn = st.dictionaries(st.sampled_from(["role", "content"]), anything | st.just("user"))
-    values = anything | st.lists(turn, max_size=3)
+    keys = ["text", "prompt", "response", "chosen", "rejected", "messages", "role", "content",
+            "completion", "label", "instruction", "input", "output", "conversations"]  # fmt: skip
+    words = ["role", "content", "from", "value", "tool_calls"]
+    turn = st.dictionaries(st.sampled_from(words), anything | st.sampled_from(["user", "gpt"]))
+    values = anything | turn | st.lists(turn, max_size=3)
     lines = draw(st.lists(st.dictionaries(st.sampled_from(keys), values, max_size=4), max_size=4))
-    return b"".join(dumps(line) + b"\n" for line in lines)
+    return draw(st.sampled_from([dumps(lines), b"".join(dumps(line) + b"\n" for line in lines)]))
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
-@given(content=damaged(b"".join(LINES), *LINES) | records(), cut=st.integers(0, 400))
+@given(content=damaged(b"".join(LINES), ARRAY, *LINES) | records(), cut=st.integers(0, 400))
 @fuzz
 def test_a_file_of_records(ending, content, cut):
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +123,7 @@ def test_a_small_file_cannot_unfold_into_a_line_without_end(tmp_path):
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(LINES[0] + b'{"text": "' + b"a" * 10**7, 1))
     tracemalloc.start()
-    lines = data.read_json_lines(path, longest=10_000)
+    lines = data.read_records(path, longest=10_000)
     assert next(lines)[1] == RECORDS[0]
     with pytest.raises(UserError, match="bomb.jsonl.gz:2: expected JSON"):
         next(lines)

@@ -1,70 +1,55 @@
-r"""Reads files of text, demonstrations and preferences, and makes padded batches of them.
+"""Reads demonstrations, preferences and prompts from files, and makes padded batches of them.
 
-Files are JSON Lines, plain or .gz: on each line one JSON object, a record, known by its keys:
-
-    {"text"}                            plain text: a response without a prompt
-    {"prompt", "response"}              a demonstration
-    {"prompt", "chosen", "rejected"}    a preference; chosen also serves as a demonstration
-    {"chosen", "rejected"}              the same as whole transcripts (Anthropic HH), of which the
-                                        prompt is everything up to the last "\n\nAssistant:"
-    {"messages"}                        a conversation; the last turn is the response
-    {"prompt"}                          for prompts() only
-
-Each but text may be a list of {"role", "content"}, as in TRL. A malformed line stops the run with a
-UserError that names it; a record of no use (a tie, an empty answer) is left out and counted.
+formats.py says what a file may look like. A record of no use (a tie, an empty answer) is left out
+and counted.
 A row is (tokens, prompt_len): tokens of prompt and response, and how many of them are the prompt's.
 """
-import gzip
 import itertools
-import json
 import random
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import torch
 
 from nanorlhf.support import UserError
 from nanorlhf.support.config import autocast
-
-ASSISTANT = "\n\nAssistant:"
-SPEAKER = {"system": "", "user": "\n\nHuman: ", "assistant": ASSISTANT + " "}
+from nanorlhf.support.formats import dialogues, read_records
 
 
 def demonstrations(paths):
     """-> list of {"prompt", "response"}, counts of what was kept and, by reason, left out"""
-    kept, counts = collect(paths, 1, "an answer: text, messages, response, or chosen and rejected")
+    kept, counts = collect(paths, 1)
     return [{"prompt": prompt, "response": answer} for [(prompt, answer)] in kept], counts
 
 
 def preferences(paths):
     """-> list of {"prompt", "chosen", "rejected"}, counts"""
-    kept, counts = collect(paths, 2, "two answers: chosen and rejected, with or without a prompt")
+    kept, counts = collect(paths, 2)
     return [{"prompt": p, "chosen": c, "rejected": r} for (p, c), (_, r) in kept], counts
 
 
 def prompts(paths):
     """-> distinct prompts, in the order of the files, and counts"""
-    kept, counts = collect(paths, 0, "a prompt, messages, or chosen and rejected")
+    kept, counts = collect(paths, 0)
     distinct = list(dict.fromkeys(prompt for [(prompt, _)] in kept))
     counts["records"] = len(distinct)
     counts["repeats"] = len(kept) - len(distinct)
     return distinct, counts
 
 
-def collect(paths, answers, expected):
+def collect(paths, answers):
     """Records that must have 0, 1 or 2 answers -> list of their (prompt, answer) pairs, counts"""
     kept, counts = [], Counter()
     for path in paths:
-        for where, fields in read_json_lines(path):
-            pairs = dialogues(fields, where)[: answers or 1]
+        for where, fields in read_records(path):
+            pairs = dialogues(fields, answers, where)
             texts = [answer if answers else prompt for prompt, answer in pairs]
-            if len(texts) < (answers or 1) or None in texts:
-                raise UserError(f"{where}: expected {expected}; came the keys {[*fields]}")
             if len({prompt for prompt, _ in pairs}) > 1:
                 counts["forks"] += 1  # answers to different prompts cannot be compared
             elif len(texts) > len(set(texts)):
                 counts["ties"] += 1
+            elif False in texts:
+                counts["rejected answers"] += 1
             elif not all(map(str.strip, texts)):
                 counts["empty answers" if answers else "empty prompts"] += 1
             else:
@@ -74,72 +59,6 @@ def collect(paths, answers, expected):
         names = ", ".join(map(str, paths))
         raise UserError(f"{names}: expected a record that is of use, came {describe(counts)}")
     return kept, counts
-
-
-def read_json_lines(path, longest=2**26):
-    """Yield ("path:line", object). A line of over `longest` bytes is refused before its end."""
-    number = 0
-    try:
-        with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as lines:
-            # Lines of bytes end at \n only; lines of text would also end at a U+2028 in a string.
-            for number, line in enumerate(iter(lambda: lines.readline(longest), b""), 1):
-                if line.strip():
-                    yield f"{path}:{number}", {**json.loads(line.decode("utf-8-sig"))}
-    except (ValueError, TypeError, RecursionError) as error:  # not UTF-8, not JSON, or no object
-        expected, came = "JSON in UTF-8, an object", f"{line[:60]!r}: {error}"
-        raise UserError(f"{path}:{number}: expected {expected}; came {came}") from error
-    except (OSError, EOFError, zlib.error) as error:  # no such file, or a .gz cut short or damaged
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}:{number + 1}: expected a file to read, came: {why}") from error
-    if not number:
-        raise UserError(f"{path}:1: expected one JSON object a line, came an empty file")
-
-
-def dialogues(fields, where):
-    """A record -> list of (prompt, answer): chosen and rejected, or one; [] if no key is known."""
-    if fields.keys() >= {"chosen", "rejected"}:
-        keys = ["chosen", "rejected"]
-    elif fields.keys() >= {"prompt", "response"}:
-        keys = ["response"]
-    else:
-        keys = [key for key in ("messages", "text", "prompt") if key in fields][:1]
-    return [dialogue(fields, key, where) for key in keys]
-
-
-def dialogue(fields, key, where):
-    """-> prompt, and the answer, which stands under this key; None if there is only a prompt"""
-    if isinstance(fields[key], list):
-        before = fields.get("prompt", []) if key != "prompt" else []
-        return conversation((before if isinstance(before, list) else [before]) + fields[key], where)
-    text = string(fields, key, where)
-    if key in ("text", "prompt"):
-        return ("", text) if key == "text" else (text, None)
-    if "prompt" in fields:
-        return string(fields, "prompt", where), text
-    # An answer that goes on to speak for the human (twice in HH) is kept so: a fault to be learnt.
-    prompt, mark, answer = text.rpartition(ASSISTANT)
-    if not mark:
-        raise UserError(f"{where}: expected {ASSISTANT!r} in {key}, came {text[:60]!r}")
-    return prompt + mark, answer
-
-
-def conversation(turns, where):
-    """List of {"role", "content"} -> prompt, answer, as HH writes them; None if the user is last"""
-    for i, turn in enumerate(turns or [turns], 1):
-        roles = [*SPEAKER] if i == 1 else ["user", "assistant"]
-        if not isinstance(turn, dict) or turn.get("role") not in roles:
-            expected = f"turn {i} to have content and a role ({', '.join(roles)})"
-            raise UserError(f"{where}: expected {expected}, came {turn!r:.60}")
-    texts = [SPEAKER[turn["role"]] + string(turn, "content", where) for turn in turns]
-    answer = texts.pop().removeprefix(ASSISTANT) if turns[-1]["role"] == "assistant" else None
-    return "".join(texts) + ASSISTANT, answer
-
-
-def string(fields, key, where):
-    if not isinstance(fields.get(key), str):
-        raise UserError(f"{where}: expected {key} to be a string, came {fields.get(key)!r:.60}")
-    # JSON can spell half a surrogate pair. UTF-8 cannot, and printing it fails, so it becomes "?".
-    return fields[key].encode("utf-8", "replace").decode()
 
 
 def describe(counts):
@@ -249,7 +168,7 @@ def prompts_of(groups, longest):
 def choices(path):
     """A file of human choices. -> scores of the first and of the second, one each a comparison"""
     scores, pairs = dict(first=(1.0, 0.0), second=(0.0, 1.0), tie=(0.5, 0.5)), []
-    for where, record in read_json_lines(path):
+    for where, record in read_records(path):
         if (choice := record.get("choice")) not in [*scores]:
             raise UserError(f"{where}: expected choice to be first, second or tie, came {choice!r}")
         pairs.append(scores[choice])
