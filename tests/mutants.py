@@ -350,7 +350,7 @@ MUTANTS = [
            "mask.shape[1]), mask & (mask.cumsum(1) < mask.sum(1)[:, None]))",
            "test_sft.py::test_only_the_response_is_learnt_and_its_end_with_it"),
     Mutant("a held-out loss that weighs rows alike", 28, "nanorlhf/sft.py",
-           "-logprobs.double().sum().item() / response_len(rows)",
+           "-logprobs.cpu().double().sum().item() / response_len(rows)",
            "-sum(x / response_len([row]) for x, row in zip(logprobs.tolist(), rows)) / len(rows)",
            "test_sft.py::test_every_token_weighs_the_same_however_rows_are_batched"),
     Mutant("SFT whose every micro-batch weighs the same", 28, "nanorlhf/sft.py",
@@ -594,7 +594,7 @@ MUTANTS = [
            "loop.batches(pairs, parts, ", "loop.batches(pairs, dict(model=model), ",
            "test_ilql.py::test_a_resumed_run_ends_with_the_very_same_weights"),
     Mutant("equal scores that become noise", 0, "nanorlhf/support/stats.py",
-           "scores.double().cpu()", "scores.float().cpu()",
+           "scores.cpu().double()", "scores.float().cpu()",
            "test_ilql.py::test_equal_scores_are_0_and_not_noise_made_large"),
     Mutant("a policy that takes the more hopeful head", 0, "nanorlhf/model.py",
            "torch.minimum(", "torch.maximum(",
@@ -877,7 +877,7 @@ MUTANTS = [
            "test_evaluate.py"
            "::test_the_micro_batch_size_bounds_what_is_in_memory_and_changes_no_result"),
     Mutant("a measurement of all responses at once", 0, "nanorlhf/evaluate.py",
-           "cfg.micro_batch_size or 64).double()", "64).double()",
+           "cfg.micro_batch_size or 64).cpu().double()", "64).double()",
            "test_evaluate.py"
            "::test_the_micro_batch_size_bounds_what_is_in_memory_and_changes_no_result"),
     Mutant("a study that makes again what it has", 0, "nanorlhf/experiments/study.py",

@@ -183,6 +183,14 @@ def test_nothing_is_unpickled_that_could_run_code(name):
             assert "allow_pickle" not in settings, f"line {call.lineno}"
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if place(name) < 2])
+def test_float64_is_computed_on_the_cpu(name):
+    """Apple's GPUs have none."""
+    for function, call in calls(name):
+        double = function.endswith(".double")
+        assert not double or function.endswith(".cpu().double"), f"line {call.lineno}"
+
+
 def test_every_file_of_the_course_is_described_where_a_reader_begins():
     guide = ast.get_docstring(ast.parse((ROOT / "nanorlhf/__init__.py").read_text()))
     assert not [name for name in COURSE if f"{name}.py" not in guide]
