@@ -193,7 +193,7 @@ class Recorded:
 
 
 def as_captured(monkeypatch, model, graphs):
-    """Decoding as on a GPU. Into `graphs` goes, for each graph that is made, where its memory is."""
+    """Decoding as on a GPU. Each graph adds to `graphs` whose memory it uses."""
 
     def capture(step, pool):
         graphs.append(pool)
