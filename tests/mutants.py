@@ -307,6 +307,26 @@ MUTANTS = [
     Mutant("a decode step that reads one position too few", 0, "nanorlhf/support/fast.py",
            "tokens.shape[1] - R + r ", "tokens.shape[1] - R + r - 1 ",
            "test_fast.py::test_decode_writes_what_the_plain_loop_writes"),
+    Mutant("a graph that samples from the weights of an earlier round", 0,
+           "nanorlhf/support/fast.py",
+           "self.decoder.model.load_state_dict(model.state_dict())", "pass",
+           "test_fast.py::"
+           "test_what_is_captured_is_kept_and_goes_on_with_other_rows_and_weights"),
+    Mutant("a graph that reads the prompts of an earlier round", 0, "nanorlhf/support/fast.py",
+           "ours.copy_(theirs)", "pass",
+           "test_fast.py::"
+           "test_what_is_captured_is_kept_and_goes_on_with_other_rows_and_weights"),
+    Mutant("a graph of another temperature", 0, "nanorlhf/support/fast.py",
+           "decoder.uniforms.shape, *settings", "decoder.uniforms.shape",
+           "test_fast.py::"
+           "test_what_is_captured_is_kept_and_goes_on_with_other_rows_and_weights"),
+    Mutant("a graph that reads too few positions", 0, "nanorlhf/support/fast.py",
+           "filled + -filled % width", "max(width, filled - filled % width)",
+           "test_fast.py::"
+           "test_a_graph_for_every_64_positions_reads_the_filled_ones_and_shares_its_memory"),
+    Mutant("a mask for prompts, which rules out the fastest kernel", 0, "nanorlhf/model.py",
+           "cache is not None and tokens.shape[1] < cache.filled", "cache is not None",
+           "test_attention.py::test_a_pass_that_fills_what_is_read_of_a_cache_is_causal"),
     Mutant("rows whose random numbers stay behind", 0, "nanorlhf/support/fast.py",
            "self.alive, self.uniforms = self.alive[rows], self.uniforms[rows]",
            "self.alive, self.uniforms = self.alive[rows], self.uniforms[:rows.sum()]",

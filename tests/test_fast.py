@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorlhf import generate
 from nanorlhf.logprobs import entropy, token_logprobs
@@ -266,6 +267,28 @@ def test_a_copy_to_sample_from_says_what_autocast_says():
     lost, autocast_lost = ((x - exact).norm() / exact.norm() for x in (ours, theirs))
     assert 1e-4 < lost < 1.5 * autocast_lost
     assert all(w.requires_grad and w.dtype == torch.float32 for w in model.parameters())
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a matrix of the model is turned into another format."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shapes, self.n = {w.shape for w in model.parameters() if w.dim() == 2}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_steps(model):
+    """Autocast keeps what it casts while its context lasts. For frozen weights it does not."""
+    casts = []
+    for R in 3, 9:
+        with Casts(model) as counted:
+            generate.generate_rows(model, PROMPTS, R, -1, PAD, dtype="bfloat16")
+        casts.append(counted.n)
+    assert casts[0] == casts[1] == 2 * 4 + 1  # four in each layer, and the head
 
 
 # --- how many at once ---
