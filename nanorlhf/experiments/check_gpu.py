@@ -41,8 +41,8 @@ WAITS = "StreamSynchronize|_local_scalar_dense|aten::item|aten::nonzero|Memcpy D
 def call(cfg, *words):
     """Run Python with these words, until the time is over at most."""
     left = max(1, cfg.time_limit - time.perf_counter())
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
-                          timeout=left)
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, timeout=left,
+                          encoding="utf-8", errors="replace")
 
 
 def tests(cfg, toy, measure):
@@ -145,7 +145,7 @@ def check(cfg, measure):
     for part in [*PARTS][:4] if toy else PARTS:
         begin, error = time.perf_counter(), ""
         words = ["--check-gpu", "--part", part, "--out", cfg.out, "--device", device.type,
-                 "--dtype", cfg.dtype, "--time-limit", str(int(cfg.time_limit - begin))]
+                 "--dtype", cfg.dtype, "--time-limit", str(max(1, int(cfg.time_limit - begin)))]
         try:
             done = call(cfg, "-m", "nanorlhf.experiments.bench", *words)
             said, error = done.stdout, done.stderr.strip()[-500:] if done.returncode else ""

@@ -56,7 +56,8 @@ RANGES = {name: limits for limits, names in {
     (0, 10**9): "steps warmup micro_batch_size learning_rate critic_learning_rate weight_decay "
         "kl_coef kl_target no_end_penalty annotator_temperature seeds cql",
     (1, 10**9): "batch_size save_every epochs minibatches responses prompts eval_prompts demos "
-        "held_out_prompts max_new_tokens n_layer n_head n_embd iters batch prompt response vocab",
+        "held_out_prompts max_new_tokens n_layer n_head n_embd iters batch prompt response vocab "
+        "time_limit",
     (2, 10**9): "block_size",
     (258, 10**9): "vocab_size",
     (0, 1): "gamma lam tau polyak",
