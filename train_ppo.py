@@ -11,7 +11,7 @@ from nanorlhf.evaluate import compare, held_out_prompts
 from nanorlhf.generate import generate_texts
 from nanorlhf.model import load_policy
 from nanorlhf.support import data, parallel
-from nanorlhf.support.config import compile_trunks, run, setup
+from nanorlhf.support.config import compile_trunks, named, run, setup
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -40,7 +40,7 @@ def main(cfg):
     room = policy.config.n_positions - cfg.max_new_tokens
     prompts = data.encode_prompts(texts, tok, room, counts)
     print(f"prompts   {data.describe(counts)}")
-    print(f"policy    {policy}, on {device}; scored by {cfg.reward}")
+    print(f"policy    {policy}, on {named(device, cfg.dtype)}; scored by {cfg.reward}")
     compile_trunks(cfg.compile, *filter(None, (policy, reference, critic)))
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)

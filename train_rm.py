@@ -10,7 +10,7 @@ from nanorlhf.evaluate import held_out_prompts
 from nanorlhf.generate import generate_rows
 from nanorlhf.model import load_policy
 from nanorlhf.support import data, parallel
-from nanorlhf.support.config import compile_trunks, run, setup
+from nanorlhf.support.config import compile_trunks, named, run, setup
 from nanorlhf.support.data import from_files, pairs_in, score_rows
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
@@ -36,7 +36,7 @@ def main(cfg):
           f" responses; {pairs_in(held_out):,} held out")
 
     model = reward.new_model(cfg, tok).to(device)
-    print(f"model     {model}, on {device}")
+    print(f"model     {model}, on {named(device, cfg.dtype)}")
     compile_trunks(cfg.compile, model)
     summary |= reward.train(model, groups, tok.pad, cfg, log)
     parallel.finish()

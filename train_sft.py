@@ -9,7 +9,7 @@ from nanorlhf import environment, sft, tokenizer
 from nanorlhf.generate import generate_texts
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.support import data, parallel
-from nanorlhf.support.config import compile_trunks, run, setup
+from nanorlhf.support.config import compile_trunks, named, run, setup
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
 
@@ -42,7 +42,7 @@ def main(cfg):
 
     rows = data.encode(train, tok, block_size, counts)
     print(f"data      {data.describe(counts)}")
-    print(f"model     {model}, on {device}")
+    print(f"model     {model}, on {named(device, cfg.dtype)}")
     compile_trunks(cfg.compile, model)
 
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)

@@ -19,7 +19,7 @@ from nanorlhf.logprobs import whole_logprobs
 from nanorlhf.model import GPT, load_policy
 from nanorlhf.reward import bradley_terry_loss
 from nanorlhf.support import loop, parallel
-from nanorlhf.support.config import compile_trunks, run, setup
+from nanorlhf.support.config import compile_trunks, named, run, setup
 from nanorlhf.support.data import collate, flatten, from_files, pairs_in, prompts_of, rows_of
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
@@ -92,7 +92,7 @@ def main(cfg: DPOConfig):
     print(f"pairs     {pairs_in(groups):,} comparisons; {pairs_in(held_out):,} held out")
 
     policy = copy.deepcopy(reference)
-    print(f"policy    {policy}, on {device}")
+    print(f"policy    {policy}, on {named(device, cfg.dtype)}")
     compile_trunks(cfg.compile, policy, reference)
     summary = best | train(policy, reference, groups, tok.pad, cfg, log)
     parallel.finish()

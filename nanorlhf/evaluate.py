@@ -42,7 +42,8 @@ def describe(model: GPT, reference: GPT, rows: list, tok, cfg) -> dict:
     """What responses are like: kl in nats a response, length in tokens, perplexity, diversity."""
     logprobs, ref_logprobs = (
         score_rows(partial(whole_logprobs, m, temperature=cfg.temperature), rows, tok.pad, m.device,
-                   cfg.dtype, cfg.micro_batch_size or 64).double() for m in (model, reference))
+                   cfg.dtype, cfg.micro_batch_size or 64).cpu().double()
+        for m in (model, reference))
     length, texts = response_len(rows), [tok.decode(tokens[n:]) for tokens, n in rows]
     return dict(kl=(logprobs - ref_logprobs).mean().item(), response_len=length / len(rows),
                 perplexity=math.exp(-ref_logprobs.sum().item() / length),
@@ -60,8 +61,7 @@ def compare(policy: GPT, against: GPT, tok, prompts: list[str], judge, cfg) -> d
                              batch_size=cfg.micro_batch_size, dtype=cfg.dtype, rng=rng)
         scores.append(score_rows(judge, rows, tok.pad, model.device, cfg.dtype,
                                  cfg.micro_batch_size or 64).tolist())
-        metrics = describe(model, against, rows, tok, cfg)
-        metrics = dict(score=sum(scores[-1]) / len(rows), **metrics)
+        metrics = dict(score=sum(scores[-1]) / len(rows)) | describe(model, against, rows, tok, cfg)
         if not cfg.data:                                      # the parts of the true reward, too
             parts = [environment.parts(prompt, tok.decode(tokens[n:]))
                      for prompt, (tokens, n) in zip(prompts, rows, strict=True)]

@@ -60,13 +60,14 @@ def draw_uniforms(*shape: int, rng: torch.Generator | None = None) -> Tensor:
 def prefill(model: GPT, tokens: Tensor, prompt_len: Tensor, P: int, G: int):
     """Read each prompt once for its G rows. -> cache of B rows, hidden (B, C) at the prompts' ends
     Padding behind a short prompt is cached too, and overwritten before the row gets that far."""
-    B, S = tokens.shape
-    if model.compiled:
-        S += -S % 64                                # few different shapes: each new one is compiled
-    cache = KVCache(model.config, B // G, S, model.device, fast.computed_dtype(model))
-    positions = torch.arange(P, device=model.device).expand(B // G, P)
+    (B, S), device = tokens.shape, model.device
+    S += -S % 64 if model.compiled or device.type == "cuda" else 0   # few shapes: each is compiled
+    cache = KVCache(model.config, B // G, S, device, fast.computed_dtype(model))
+    cache.filled = S if device.type == "cpu" else P      # a GPU's fastest kernel is causal
+    positions = torch.arange(P, device=device).expand(B // G, P)
     hidden = model.transformer(tokens[::G, :P], cache, positions)                    # (B / G, P, C)
-    group = torch.arange(B, device=model.device) // G
+    cache.filled = S
+    group = torch.arange(B, device=device) // G
     if G > 1:
         cache.keep(group)
     hidden = hidden[group, prompt_len - 1]                                                  # (B, C)

@@ -21,7 +21,7 @@ from nanorlhf.generate import generate_rows, generate_texts
 from nanorlhf.logprobs import masked_mean, response_tokens, response_window, token_logprobs
 from nanorlhf.model import QGPT, load_policy, wide
 from nanorlhf.support import fast, loop, parallel
-from nanorlhf.support.config import SampleConfig, compile_trunks, run, setup
+from nanorlhf.support.config import SampleConfig, compile_trunks, named, run, setup
 from nanorlhf.support.data import collate, flatten, from_files, prompts_of, response_len, score_rows
 from nanorlhf.support.plotting import curves
 from nanorlhf.support.runlog import RunLog, open_run, samples
@@ -140,7 +140,7 @@ def main(cfg: ILQLConfig):
 
     model = QGPT(sft.config).to(device)
     model.transformer.load_state_dict(sft.transformer.state_dict())
-    print(f"policy    {model}, on {device}")
+    print(f"policy    {model}, on {named(device, cfg.dtype)}")
     compile_trunks(cfg.compile, model)
     summary = train(model, rows, standardise(scores), tok.pad, cfg, log)
     parallel.finish()

@@ -128,9 +128,8 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)
         x, mask = F.dropout(x, self.config.dropout, self.training), None      # no mask is causal
-        if cache is not None:
-            at = torch.arange(cache.filled, device=x.device)
-            mask = at <= positions[:, None, :, None]                                  # (B, 1, T, S)
+        if cache is not None and tokens.shape[1] < cache.filled:    # else they are all that is read
+            mask = torch.arange(cache.filled, device=x.device) <= positions[:, None, :, None]
         for block in self.h:
             x = block(x, mask, cache, positions)
         return self.ln_f(x)

@@ -108,7 +108,7 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
     # 2. Measure, as many rows at a time as an update sees. Old log-probs are computed as in the
     #    update, and not taken from the sampler, so that the ratio starts at exactly 1.
     size = cfg.micro_batch_size or math.ceil(len(rows) / cfg.minibatches)
-    parts = in_parts(parallel.local_rows(torch.arange(len(rows))), size)
+    parts = in_parts(parallel.local_rows(torch.arange(len(rows), device=mask.device)), size)
     measured = parallel.concatenate(
         [measure(policy, reference, critic, score, *(x[part] for x in batch), cfg)
          for part in parts], mask.device)
@@ -183,7 +183,7 @@ def update(policy, critic, optimizers: dict, rollout: Rollout, cfg: PPOConfig) -
     """
     history = []
     for _ in range(cfg.epochs):
-        for rows in torch.randperm(len(rollout)).chunk(cfg.minibatches):
+        for rows in torch.randperm(len(rollout)).to(rollout.tokens.device).chunk(cfg.minibatches):
             history.append(step(policy, critic, optimizers, rollout[rows], cfg))
     if not (gap := float(history[0]["ratio_gap"])) < 0.01:  # bfloat16 may round; NaN is caught too
         raise RuntimeError(f"expected a first ratio of 1, came one {gap:.3g} away from it")

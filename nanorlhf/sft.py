@@ -74,4 +74,4 @@ def held_out_loss(model: GPT, rows: list, pad: int, cfg: SFTConfig) -> float:
     model.eval()
     logprobs = score_rows(partial(whole_logprobs, model), rows, pad, model.device, cfg.dtype,
                           cfg.micro_batch_size or cfg.batch_size)
-    return -logprobs.double().sum().item() / response_len(rows)
+    return -logprobs.cpu().double().sum().item() / response_len(rows)

@@ -11,6 +11,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "device: what a GPU has to show; without one, on the CPU")
+
+
+@pytest.fixture
+def device():
+    """The device that a run would take."""
+    from nanorlhf.support.config import find_device
+
+    return find_device("auto")
+
+
 @pytest.fixture(scope="session")
 def real_data():
     folder = os.environ.get("NANORLHF_DATA")

@@ -307,6 +307,26 @@ MUTANTS = [
     Mutant("a decode step that reads one position too few", 0, "nanorlhf/support/fast.py",
            "tokens.shape[1] - R + r ", "tokens.shape[1] - R + r - 1 ",
            "test_fast.py::test_decode_writes_what_the_plain_loop_writes"),
+    Mutant("a graph that samples from the weights of an earlier round", 0,
+           "nanorlhf/support/fast.py",
+           "self.decoder.model.load_state_dict(model.state_dict())", "pass",
+           "test_fast.py::"
+           "test_what_is_captured_is_kept_and_goes_on_with_other_rows_and_weights"),
+    Mutant("a graph that reads the prompts of an earlier round", 0, "nanorlhf/support/fast.py",
+           "ours.copy_(theirs)", "pass",
+           "test_fast.py::"
+           "test_what_is_captured_is_kept_and_goes_on_with_other_rows_and_weights"),
+    Mutant("a graph of another temperature", 0, "nanorlhf/support/fast.py",
+           "decoder.uniforms.shape, *settings", "decoder.uniforms.shape",
+           "test_fast.py::"
+           "test_what_is_captured_is_kept_and_goes_on_with_other_rows_and_weights"),
+    Mutant("a graph that reads too few positions", 0, "nanorlhf/support/fast.py",
+           "filled + -filled % width", "max(width, filled - filled % width)",
+           "test_fast.py::"
+           "test_a_graph_for_every_64_positions_reads_the_filled_ones_and_shares_its_memory"),
+    Mutant("a mask for prompts, which rules out the fastest kernel", 0, "nanorlhf/model.py",
+           "cache is not None and tokens.shape[1] < cache.filled", "cache is not None",
+           "test_attention.py::test_a_pass_that_fills_what_is_read_of_a_cache_is_causal"),
     Mutant("rows whose random numbers stay behind", 0, "nanorlhf/support/fast.py",
            "self.alive, self.uniforms = self.alive[rows], self.uniforms[rows]",
            "self.alive, self.uniforms = self.alive[rows], self.uniforms[:rows.sum()]",
@@ -366,7 +386,7 @@ MUTANTS = [
            "mask.shape[1]), mask & (mask.cumsum(1) < mask.sum(1)[:, None]))",
            "test_sft.py::test_only_the_response_is_learnt_and_its_end_with_it"),
     Mutant("a held-out loss that weighs rows alike", 28, "nanorlhf/sft.py",
-           "-logprobs.double().sum().item() / response_len(rows)",
+           "-logprobs.cpu().double().sum().item() / response_len(rows)",
            "-sum(x / response_len([row]) for x, row in zip(logprobs.tolist(), rows)) / len(rows)",
            "test_sft.py::test_every_token_weighs_the_same_however_rows_are_batched"),
     Mutant("SFT whose every micro-batch weighs the same", 28, "nanorlhf/sft.py",
@@ -617,7 +637,7 @@ MUTANTS = [
            "loop.batches(pairs, parts, ", "loop.batches(pairs, dict(model=model), ",
            "test_ilql.py::test_a_resumed_run_ends_with_the_very_same_weights"),
     Mutant("equal scores that become noise", 0, "nanorlhf/support/stats.py",
-           "scores.double().cpu()", "scores.float().cpu()",
+           "scores.cpu().double()", "scores.float().cpu()",
            "test_ilql.py::test_equal_scores_are_0_and_not_noise_made_large"),
     Mutant("a policy that takes the more hopeful head", 0, "nanorlhf/model.py",
            "torch.minimum(", "torch.maximum(",
@@ -900,7 +920,7 @@ MUTANTS = [
            "test_evaluate.py"
            "::test_the_micro_batch_size_bounds_what_is_in_memory_and_changes_no_result"),
     Mutant("a measurement of all responses at once", 0, "nanorlhf/evaluate.py",
-           "cfg.micro_batch_size or 64).double()", "64).double()",
+           "cfg.micro_batch_size or 64).cpu().double()", "64).double()",
            "test_evaluate.py"
            "::test_the_micro_batch_size_bounds_what_is_in_memory_and_changes_no_result"),
     Mutant("a study that makes again what it has", 0, "nanorlhf/experiments/study.py",

@@ -126,6 +126,24 @@ def test_a_model_makes_a_mask_for_a_cache_alone(monkeypatch):
     assert len(told) == 2 and torch.allclose(hidden, cached, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_pass_that_fills_what_is_read_of_a_cache_is_causal(monkeypatch):
+    """So the prompts, read on a GPU while the cache is empty, need no mask."""
+    told = spy_on_the_kernel(monkeypatch)
+    monkeypatch.setattr(model, "attend", attend_fused)
+    torch.manual_seed(0)
+    gpt, tokens = GPT(GPTConfig(11, 8, 2, 2, 16)), torch.randint(11, (3, 6))
+    positions = torch.arange(6).expand(3, 6)
+    cache = KVCache(gpt.config, 3, 8, "cpu", torch.float32)
+    cache.filled = 5
+    begun = gpt.transformer(tokens[:, :5], cache, positions[:, :5])
+    assert told == [(None, True)] * 2
+    cache.filled = 8
+    ended = gpt.transformer(tokens[:, 5:], cache, positions[:, 5:])
+    assert told[2][0].shape == (3, 1, 1, 8)
+    assert torch.allclose(torch.cat([begun, ended], 1), gpt.transformer(tokens), atol=1e-5)
+
+
 def test_a_cpu_takes_the_plain_form_and_a_gpu_the_fused_one(monkeypatch):
     taken = []
     for name in "attend_plain", "attend_fused":

@@ -29,6 +29,7 @@ from nanorlhf.support.config import (
     autocast,
     compile_trunks,
     find_device,
+    named,
     parse,
     precision,
     run,
@@ -291,6 +292,15 @@ def test_precision_is_bfloat16_only_where_the_hardware_has_it(monkeypatch):
     assert precision(torch.device("mps"), "auto") == torch.float32
 
 
+def test_a_run_says_on_what_and_in_what_it_computes(monkeypatch):
+    assert named(torch.device("cpu"), "float32") == "cpu in float32"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    for capability, more in ((8, 0), ", elsewhere in TF32"), ((7, 5), ""):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)  # noqa: B023
+        expected = f"cuda (NVIDIA H100) in bfloat16{more}"
+        assert named(torch.device("cuda"), "bfloat16") == expected
+
+
 def test_a_torch_without_the_private_names_computes_in_float32(monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name, raising=False)
@@ -366,10 +376,24 @@ def test_the_setting_that_is_named_is_a_remedy_when_sampling_runs_out(capsys, mo
     MemoryError(), torch.OutOfMemoryError("CUDA"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ])  # fmt: skip
 def test_whatever_way_memory_runs_out_it_is_one_line(error, capsys, monkeypatch):
     def main(cfg):
         raise error
+
+    code, said = run_in(main, capsys, monkeypatch)
+    assert code == 2 and said.startswith("out of memory: ") and said.count("\n") == 1
+
+
+def test_memory_that_runs_out_in_a_cuda_graph_is_one_line_too(capsys, monkeypatch):
+    """Ending the graph then fails as well, and that error alone would say nothing of memory."""
+
+    def main(cfg):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error in capture")
 
     code, said = run_in(main, capsys, monkeypatch)
     assert code == 2 and said.startswith("out of memory: ") and said.count("\n") == 1

@@ -1,7 +1,10 @@
 """The fast forms give what the plain ones of the course give, to the bit."""
 
+import copy
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorlhf import generate
 from nanorlhf.logprobs import entropy, token_logprobs
@@ -184,15 +187,109 @@ def test_shapes_stay_as_they_are_where_a_new_one_is_dear(model, monkeypatch):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_a_captured_step_writes_what_the_plain_one_writes(model, temperature):
-    model, found = model.to("cuda"), []
-    for model.compiled in (False, True):
-        torch.manual_seed(0)
-        found.append(generate.generate(model, PROMPTS, 20, temperature, EOS, PAD))
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.equal(ours, theirs)
+class Recorded:
+    """What stands for a CUDA graph where there is none: it runs the step that it was given."""
+
+    def __init__(self, step, pool):
+        self.replay, self.pool = step, lambda: "its memory"
+
+
+def as_captured(monkeypatch, model, graphs):
+    """Decoding as on a GPU. Each graph adds to `graphs` whose memory it uses."""
+
+    def capture(step, pool):
+        graphs.append(pool)
+        return Recorded(step, pool)
+
+    model.compiled = True  # the cache then ends at a multiple of 64
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda trunk: None)
+    monkeypatch.setattr(fast, "captures", lambda model: True)
+    monkeypatch.setattr(fast, "capture", capture)
+
+
+def test_what_is_captured_is_kept_and_goes_on_with_other_rows_and_weights(model, monkeypatch):
+    def sampled(prompts, R, temperature=1.0):
+        uniforms = torch.rand(len(prompts), R, generator=torch.Generator().manual_seed(1)).double()
+        return generate.generate(model, prompts, R, temperature, EOS, PAD, uniforms=uniforms)
+
+    longer, graphs, found = [[*p, 3] for p in PROMPTS[::-1]], [], []
+    for captures in False, True:
+        if captures:
+            as_captured(monkeypatch, model, graphs)
+        for step, prompts, R in (0, PROMPTS, 9), (1, longer, 9), (2, longer, 20), (3, PROMPTS, 9):
+            torch.manual_seed(step)
+            for w in model.parameters():  # as an optimizer changes them
+                w.data.copy_(torch.randn_like(w) / 3)
+            found.append(sampled(prompts, R))
+            if step == 1 and captures:
+                assert len(graphs) == 1  # one for both, though the longest prompts differ
+    for ours, theirs in zip(found[:4], found[4:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert graphs == [[]] * 3  # other lengths need another decoder, and the last one alone is kept
+    before = model.captured
+    sampled(PROMPTS, 9)
+    assert model.captured is before and "captured" not in str(model.state_dict().keys())
+    assert copy.deepcopy(model).captured is None
+    sampled(PROMPTS, 9, temperature=0.7)  # which stands in a graph as a number
+    assert model.captured is not before
+
+
+def test_a_graph_for_every_64_positions_reads_the_filled_ones_and_shares_its_memory(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, n_positions=200, n_layer=1, n_head=2, n_embd=16)).eval()
+    uniforms, graphs, read = torch.rand(3, 150).double(), [], []
+    asked = ([[1] * 40, [2, 3]] + [[4] * 7], 150, 1.0, None, PAD, 1, uniforms)
+    plain = generate.generate(model, *asked)
+    as_captured(monkeypatch, model, graphs)
+
+    def step(decoder, real=fast.Decoder.step):
+        read.append((decoder.cache.filled, int(decoder.at.max()) + 1))
+        real(decoder)
+
+    monkeypatch.setattr(fast.Decoder, "step", step)
+    captured = generate.generate(model, *asked)
+    assert all(torch.equal(a, b) for a, b in zip(plain, captured, strict=True))
+    assert graphs == [[], ["its memory"], ["its memory"]]
+    assert sorted({n for n, _ in read}) == [64, 128, 192] and len(read) == 149
+    assert all(seen <= filled <= seen + 64 for filled, seen in read)
+
+
+def test_a_copy_to_sample_from_says_what_autocast_says():
+    torch.manual_seed(0)
+    model, tokens = GPT(GPTConfig(11, 9, 2, 2, 16)).eval(), torch.randint(11, (5, 9))
+    other = fast.cast(model, torch.bfloat16)
+    kinds = {name: w.dtype for name, w in other.named_parameters()}
+    matrices = {name for name, dtype in kinds.items() if dtype == torch.bfloat16}
+    assert {name for name in kinds if ".ln_" in name or ".wpe." in name} == {*kinds} - matrices
+    with torch.no_grad():
+        exact = model(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = other(tokens), model(tokens)
+    lost, autocast_lost = ((x - exact).norm() / exact.norm() for x in (ours, theirs))
+    assert 1e-4 < lost < 1.5 * autocast_lost
+    assert all(w.requires_grad and w.dtype == torch.float32 for w in model.parameters())
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a matrix of the model is turned into another format."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shapes, self.n = {w.shape for w in model.parameters() if w.dim() == 2}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function is torch.ops.aten._to_copy.default and args[0].shape in self.shapes
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_for_all_steps(model):
+    """Autocast keeps what it casts while its context lasts. For frozen weights it does not."""
+    casts = []
+    for R in 3, 9:
+        with Casts(model) as counted:
+            generate.generate_rows(model, PROMPTS, R, -1, PAD, dtype="bfloat16")
+        casts.append(counted.n)
+    assert casts[0] == casts[1] == 2 * 4 + 1  # four in each layer, and the head
 
 
 # --- how many at once ---

@@ -110,7 +110,7 @@ def test_a_file_can_be_read_at_one_sitting(name):
 @pytest.mark.parametrize("files, most", [
     ("nanorlhf/ppo.py", 300),
     ("nanorlhf/*.py", 1860),  # the course
-    ("nanorlhf/**/*.py", 4220),
+    ("nanorlhf/**/*.py", 4490),
 ])  # fmt: skip
 def test_there_are_no_more_lines_than_planned(files, most):
     length = lines(ROOT.glob(files))
@@ -181,6 +181,14 @@ def test_nothing_is_unpickled_that_could_run_code(name):
             assert settings.get("weights_only") == "True", f"line {call.lineno}"
         if function == "np.load":
             assert "allow_pickle" not in settings, f"line {call.lineno}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if place(name) < 2])
+def test_float64_is_computed_on_the_cpu(name):
+    """Apple's GPUs have none."""
+    for function, call in calls(name):
+        double = function.endswith(".double")
+        assert not double or function.endswith(".cpu().double"), f"line {call.lineno}"
 
 
 def test_every_file_of_the_course_is_described_where_a_reader_begins():

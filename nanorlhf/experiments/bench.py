@@ -1,6 +1,7 @@
 """How long does a round of PPO take, and how close is that to what this machine can do?
 
     python -m nanorlhf.experiments.bench --n-embd 256 --batch 64
+    python -m nanorlhf.experiments.bench --check-gpu               all of check_gpu.py
 
 All models have one shape and random weights, and every response --response tokens. mfu and mbu: the
 share of an update and of decoding in what a large matrix product and a large copy reach here.
@@ -16,6 +17,7 @@ from unittest.mock import patch
 import torch
 
 from nanorlhf import ppo, reward
+from nanorlhf.experiments import check_gpu
 from nanorlhf.model import GPT, GPTConfig, ScalarGPT
 from nanorlhf.support.config import ComputeConfig, compile_trunks, precision, run, setup
 
@@ -35,11 +37,17 @@ class BenchConfig(ComputeConfig):
     epochs: int = 4                   # passes over a rollout
     iters: int = 5                    # timed rounds, after one to warm up
     compile: bool = False             # compile the models with torch.compile
+    check_gpu: bool = False           # instead: tests, commands, timings and kernels on a GPU
+    out: str = "out/check-gpu"        # the folder for what --check-gpu finds
+    time_limit: int = 500             # seconds that --check-gpu may take
+    part: str = ""                    # of --check-gpu: this part alone, in this process
 
 
 def measure(cfg):
     """Time some rounds, then the limits of the machine. -> {name: number}"""
     device = setup(cfg)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     dtype, tokens = precision(device, cfg.dtype), cfg.batch * cfg.response
     shape = GPTConfig(cfg.vocab, cfg.prompt + cfg.response, cfg.n_layer, cfg.n_head, cfg.n_embd)
     policy = GPT(shape).to(device).eval()
@@ -102,8 +110,9 @@ def peak_memory(device):
 
 def limits(device, dtype):
     """Operations a second of a large matrix product, bytes a second of a copy: the best of ten."""
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    b, c = torch.ones(2, 2 ** 26, device=device)
+    gpu = device.type == "cuda"       # which has done a CPU's share before it is asked for more
+    a = torch.randn([8192 if gpu else 2048] * 2, device=device, dtype=dtype)
+    b, c = torch.ones(2, 2 ** (28 if gpu else 26), device=device)
     products, copies = [], []
     for _ in range(10):
         timed(torch.mm, products)(a, a)
@@ -127,4 +136,5 @@ def decode_bytes(cfg, policy, dtype):
 
 
 if __name__ == "__main__":
-    run(lambda cfg: print(json.dumps(measure(cfg))), BenchConfig)
+    run(lambda cfg: check_gpu.check(cfg, measure) if cfg.check_gpu else
+        print(json.dumps(measure(cfg))), BenchConfig)

@@ -56,7 +56,8 @@ RANGES = {name: limits for limits, names in {
     (0, 10**9): "steps warmup micro_batch_size learning_rate critic_learning_rate weight_decay "
         "kl_coef kl_target no_end_penalty annotator_temperature seeds cql",
     (1, 10**9): "batch_size save_every epochs minibatches responses prompts eval_prompts demos "
-        "held_out_prompts max_new_tokens n_layer n_head n_embd iters batch prompt response vocab",
+        "held_out_prompts max_new_tokens n_layer n_head n_embd iters batch prompt response vocab "
+        "time_limit",
     (2, 10**9): "block_size",
     (258, 10**9): "vocab_size",
     (0, 1): "gamma lam tau polyak",
@@ -66,7 +67,7 @@ RANGES = {name: limits for limits, names in {
     (1e-9, inf): "clip value_clip grad_clip",
 }.items() for name in names.split()}  # fmt: skip
 DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO
-OUT_OF_MEMORY = "MemoryError|out of memory|can't allocate memory|not enough memory"
+OUT_OF_MEMORY = "MemoryError|out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
 
 
 def run(main, cls):
@@ -86,7 +87,8 @@ def run(main, cls):
             raise
         reason = f"cannot use {error.filename or 'a file'}: {error.strerror}"
     except (RuntimeError, MemoryError) as error:
-        if not re.search(OUT_OF_MEMORY, f"{type(error).__name__}: {error}"):  # a CPU has only words
+        words = f"{type(error).__name__}: {error} {error.__context__}"  # a CPU has only words, and
+        if not re.search(OUT_OF_MEMORY, words):  # a CUDA graph fails with words of its own after it
             raise
         reason = "out of memory: try a smaller model, or fewer or shorter responses"
         if hasattr(cls, "micro_batch_size"):  # which bounds sampling as well as the update
@@ -174,6 +176,15 @@ def precision(device, dtype):
     return torch.bfloat16 if fast else torch.float32
 
 
+def named(device, dtype):
+    """For the first lines of a run: cuda (NVIDIA H100) in bfloat16, elsewhere in TF32"""
+    text = f"{device} in {precision(device, dtype)}".replace("torch.", "")
+    if device.type != "cuda":
+        return text
+    text += ", elsewhere in TF32" if torch.cuda.get_device_capability(device) >= (8, 0) else ""
+    return text.replace("cuda", f"cuda ({torch.cuda.get_device_name(device)})", 1)
+
+
 def autocast(device, dtype):
     """The context in which matrix products run in the format that precision() makes of dtype."""
     dtype = precision(device, dtype)
@@ -189,6 +200,9 @@ def compile_trunks(wanted, *models):
     except Exception as error:  # of many kinds: no compiler, no Triton, ...
         print(f"compile   not possible here ({type(error).__name__}): continues without it")
         return
+    # One for each kind of call (with or without gradients, frozen, cached, of changing shape), for
+    # all models together. Past its own limit of 8, PyTorch would go on uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     for model in models:
         model.transformer.compile()
         model.compiled = True

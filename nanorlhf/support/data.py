@@ -204,6 +204,9 @@ def collate(rows, pad, device="cpu"):
     prompt_len = torch.tensor([prompt_len for _, prompt_len in rows])
     response_len = torch.tensor([len(tokens) for tokens, _ in rows]) - prompt_len
     mask = torch.arange(response_len.max()) < response_len[:, None]
+    if torch.device(device).type == "cuda":  # copied while it goes on with what it has to do
+        batch = tokens, prompt_len, mask
+        return tuple(x.pin_memory().to(device, non_blocking=True) for x in batch)
     return tokens.to(device), prompt_len.to(device), mask.to(device)
 
 

@@ -1,7 +1,9 @@
 """The fast forms of what the course writes plainly. Tests hold each to its plain form."""
+import copy
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
@@ -81,10 +83,14 @@ class Decoder:
 
 def decode(sample, model, cache, hidden, tokens, *settings):
     """generate.decode, as fast as the device allows. sample: generate.sample; then the same"""
-    decoder = Decoder(sample, model, cache, tokens, *settings)
-    decoder.choose(hidden)
+    decoder, S = Decoder(sample, model, cache, tokens, *settings), cache.filled
     step, device, R = decoder.step, tokens.device, decoder.uniforms.shape[1]
     flexible = device.type == "cpu" and not model.compiled                 # as to shapes
+    if graphs := captures(model):
+        decoder, step = kept(decoder, sample, *settings[2:])
+    # Attention reads a multiple of this many positions: each new number is a new graph on a GPU.
+    width = 1 if flexible else 64 if graphs or device.type == "cuda" else S
+    decoder.choose(hidden)
     for r in range(1, R):
         if r % 8 == 0:                                   # not always: asking waits for the device
             if not decoder.alive.any():
@@ -92,19 +98,76 @@ def decode(sample, model, cache, hidden, tokens, *settings):
             # A CPU need not go on with rows that have ended; a GPU is faster with constant shapes.
             if flexible and decoder.alive.float().mean() < 0.75:
                 decoder.keep(decoder.alive)
-        if flexible:
-            cache.filled = tokens.shape[1] - R + r              # the longest prompt, and r tokens
+        filled = tokens.shape[1] - R + r                        # the longest prompt, and r tokens
+        decoder.cache.filled = filled + -filled % width
         step()
-        if r == 1 and model.compiled and device.type == "cuda":
-            step = captured(step)
+    if graphs:
+        tokens.copy_(decoder.tokens[:, :tokens.shape[1]])
 
 
-def captured(step):
-    """The same step as one CUDA graph, once a first call has made what is made only once."""
+def captures(model):
+    """Are decoding steps captured as CUDA graphs? Launching kernels one by one takes longer than
+    they do. Graphs are kept for other rows of the same shapes, as to capture one takes as long as
+    hundreds of steps."""
+    return model.compiled and model.device.type == "cuda"
+
+
+def kept(decoder, *settings):
+    """The decoder and the step that its model keeps, to continue with the rows of this decoder."""
+    model, cache, tokens = decoder.model, decoder.cache, decoder.tokens
+    decoder.tokens = F.pad(tokens, (0, cache.filled - tokens.shape[1]))   # prompts differ in length
+    key = cache.k[0].shape, cache.k[0].dtype, decoder.uniforms.shape, *settings
+    if model.captured is None or model.captured.key != key:
+        model.captured = None                            # gives its memory back before the next one
+        model.captured = Captured(key, decoder)
+    model.captured.load(model, decoder)
+    return model.captured.decoder, model.captured.step
+
+
+class Captured:
+    """A decoder's step as CUDA graphs, one for each number of positions that attention reads. They
+    know addresses alone: whatever they read stays in its place, weights too, and is written there.
+    """
+
+    def __init__(self, key, decoder):
+        self.key, self.decoder, self.graphs = key, decoder, {}
+        decoder.model = cast(decoder.model, decoder.cache.k[0].dtype)
+
+    def load(self, model, other):
+        self.decoder.model.load_state_dict(model.state_dict())
+        for ours, theirs in zip(*([x.token, x.at, x.r, x.alive, x.uniforms, x.tokens, *x.cache.k,
+                                   *x.cache.v] for x in (self.decoder, other))):
+            ours.copy_(theirs)
+
+    def step(self):
+        n = self.decoder.cache.filled
+        if n in self.graphs:
+            return self.graphs[n].replay()
+        self.decoder.step()               # makes what is made only once, compiled code for example
+        self.graphs[n] = capture(self.decoder.step, [g.pool() for g in self.graphs.values()][:1])
+
+    def __deepcopy__(self, memo):
+        return None                       # a copy of the model makes its own
+
+
+def capture(step, pool):
+    """Record the step as a CUDA graph, without running it, in the memory of an earlier graph."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, *pool, capture_error_mode="thread_local"):
         step()
-    return graph.replay
+    return graph
+
+
+def cast(model, dtype):
+    """A copy to sample from, its matrices in the format that autocast makes of them: in compiled
+    code it does so at every step, and moves four times as many bytes as the product reads."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear) or part is model.transformer.wte:
+            part.to(dtype)
+    if model.compiled:
+        model.transformer.compile()
+    return model
 
 
 def computed_dtype(model):

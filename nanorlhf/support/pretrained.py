@@ -30,6 +30,7 @@ class SavedModel(nn.Module):
     and of its trunk, and the name of its architecture in config.json."""
     settings = {}       # what else config.json says
     compiled = False    # by config.compile_trunks: then each new shape waits for the compiler
+    captured = None     # by support/fast.py: how the model samples, in CUDA graphs
 
     def __init__(self, config):
         super().__init__()

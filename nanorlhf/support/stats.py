@@ -30,5 +30,5 @@ def accuracy_of(margin):
 def standardise(scores):
     """Shift and scale a tensor to mean 0, deviation 1 -> floats. In float32 equal scores would
     differ from their mean by a last digit, and become about 1."""
-    scores = scores.double().cpu()
+    scores = scores.cpu().double()
     return ((scores - scores.mean()) / (scores.std(correction=0) + 1e-8)).tolist()
