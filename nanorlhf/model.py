@@ -9,6 +9,7 @@ Learned positions, pre-LayerNorm, tanh-GELU, tied embeddings, biases: GPT-2's we
 what is saved here opens in other libraries as GPT-2.
 """
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -183,12 +184,14 @@ class ReadingGPT(ScalarGPT):
     far is added to the scalar head's number. It is at most 0: no word earns more when repeated.
     """
     architecture, settings = "ReadingGPT", dict(model_type="readinggpt")
+    few = 32           # a mean of fewer words would jump: it is taken as if average ones followed
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.match = nn.Linear(config.n_embd, config.n_embd, bias=False)                     # A
         self.match.weight = nn.Parameter(0.06 * torch.eye(config.n_embd))
-        self.offset, self.bias = (nn.Parameter(torch.zeros(())) for _ in range(2))           # c
+        self.offset = nn.Parameter(torch.zeros(()))                                          # c
+        self.bias = nn.Parameter(torch.tensor(math.log(2)))         # at first P = 1/2 counts as 0
         self.register_buffer("scale", torch.tensor(50.0))   # so that one misfit of 50 counts fully
 
     def forward(self, tokens: Tensor, prompt_len: Tensor | None = None) -> Tensor:
@@ -197,14 +200,15 @@ class ReadingGPT(ScalarGPT):
         match = wide((self.match(hidden[:, :-1]) * words[:, 1:]).sum(-1)) + self.offset
         at = torch.arange(1, tokens.shape[1], device=tokens.device).expand_as(match)
         compared = at >= (1 if prompt_len is None else prompt_len[:, None])
-        fits = F.logsigmoid(match).masked_fill(~compared, 0).cumsum(1)                  # (B, T - 1)
-        mean = F.pad(fits / compared.cumsum(1).clamp(min=1), (1, 0))                        # (B, T)
-        return wide(self.score(hidden).squeeze(-1)) + self.bias + self.scale * mean
+        fits = (F.logsigmoid(match) + self.bias).masked_fill(~compared, 0).cumsum(1)    # (B, T - 1)
+        mean = F.pad(fits / compared.cumsum(1).clamp(min=self.few), (1, 0))                 # (B, T)
+        return wide(self.score(hidden).squeeze(-1)) + self.scale * mean
 
     def rescale(self, mean: float, std: float):
-        self.bias -= mean
-        for weight in self.bias, self.score.weight, self.scale:
-            weight /= std
+        """As above for `few` words or more; a shorter response is shifted by less."""
+        self.bias -= mean / self.scale
+        self.score.weight /= std
+        self.scale /= std
 
 
 def wide(x: Tensor) -> Tensor:

@@ -24,12 +24,13 @@ from train_rm import reads_request
 
 TINY = GPTConfig(vocab_size=12, n_positions=16, n_layer=1, n_head=2, n_embd=16)
 PAD = 11
-ROWS = [([1, 2, 3, 4, 5, 9], 2), ([3, 1, 4, 1, 5], 3), ([2, 7, 9], 1)]
+ROWS = [([1, 2, 3, 4, 5, 6, 7, 9], 2), ([3, 1, 4, 1, 5], 3), ([2, 7, 9], 1)]
 SLOTS = "mood", "hero", "thing", "place"
 
 
 @pytest.fixture
-def model():
+def model(monkeypatch):
+    monkeypatch.setattr(ReadingGPT, "few", 4)  # one of the ROWS is longer
     torch.manual_seed(0)
     model = ReadingGPT(TINY).double().eval()
     with torch.no_grad():
@@ -42,14 +43,14 @@ def model():
 
 
 def mean_log_fit(model, words, start):
-    """The mean of log P(it fits) over the words from `start` on, written out; 0 without words."""
+    """The mean of log P(it fits) + bias over the words from `start` on, but over four at least."""
     hidden = model.transformer(torch.tensor([words]))[0]
-    logs = [0.0]
+    logs = []
     for t in range(start, len(words)):
         word = model.transformer.wte.weight[words[t]]
         match = (word @ (model.match.weight @ hidden[t - 1]) + model.offset).item()
-        logs.append(-math.log(1 + math.exp(-match)))
-    return sum(logs) / max(1, len(logs) - 1)
+        logs.append(-math.log(1 + math.exp(-match)) + model.bias.item())
+    return sum(logs) / max(4, len(logs))
 
 
 def test_the_head_takes_the_mean_of_how_well_every_word_of_the_response_fits(model):
@@ -58,20 +59,20 @@ def test_the_head_takes_the_mean_of_how_well_every_word_of_the_response_fits(mod
     for row, (words, start) in enumerate(ROWS):
         hidden = model.transformer(torch.tensor([words]))[0]
         for n in range(1, len(words) + 1):
-            expected = model.score.weight[0] @ hidden[n - 1] + model.bias
+            expected = model.score.weight[0] @ hidden[n - 1]
             expected = expected + model.scale * mean_log_fit(model, words[:n], start)
             assert found[row, n - 1].item() == pytest.approx(expected.item())
         assert scores[row].item() == pytest.approx(expected.item())
 
 
 def test_no_word_earns_more_by_being_repeated(model):
-    """The head's number is at most 0, however well words fit: so there is a best score."""
+    """The head's number has an upper limit, however well words fit: so there is a best score."""
     nn.init.zeros_(model.score.weight)
     nn.init.eye_(model.match.weight)
     model.match.weight.data *= 100  # a word that fits at all now fits as well as can be
     for word in range(12):
-        values = model(torch.tensor([[1] + [word] * 15]))[0] - model.bias
-        assert values.max() <= 0
+        values = model(torch.tensor([[1] + [word] * 15]))[0]
+        assert values.max() <= model.scale * model.bias + 1e-9
 
 
 def test_without_a_prompt_every_word_but_the_first_counts(model):
@@ -91,7 +92,7 @@ def test_it_starts_from_the_scalar_head_and_the_language_models_logits(tmp_path)
         tokens, prompt_len = torch.tensor([words]), torch.tensor([start])
         logits = gpt(tokens)[0]
         fits = [F.logsigmoid(0.06 * logits[t - 1, words[t]]) for t in range(start, len(words))]
-        expected = scalar(tokens)[0, -1] + 50 * sum(fits) / len(fits)
+        expected = scalar(tokens)[0, -1] + 50 * (sum(fits) + len(fits) * math.log(2)) / 32
         assert new(tokens, prompt_len)[0, -1].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
@@ -106,20 +107,24 @@ def test_it_comes_back_to_the_bit_and_is_no_gpt2_elsewhere(model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [ReadingGPT, ScalarGPT])
-def test_rescaling_shifts_and_scales_every_number(kind):
+def test_rescaling_shifts_and_scales_every_number(kind, monkeypatch):
+    monkeypatch.setattr(ReadingGPT, "few", 4)
     torch.manual_seed(1)
     model = kind(TINY).double().eval()
     if kind is ReadingGPT:
         nn.init.normal_(model.match.weight)
-    tokens, prompt_len, _ = collate(ROWS, PAD)
+    tokens, prompt_len = torch.randint(12, (3, 14)), torch.tensor([1, 2, 4])
     with torch.no_grad():
         before = model(tokens, prompt_len)
         model.rescale(0.7, 2.5)
-        assert torch.allclose(model(tokens, prompt_len), (before - 0.7) / 2.5)
+        after = model(tokens, prompt_len)
+    for row, start in enumerate(prompt_len.tolist()):
+        whole = slice(start + 3, None)  # from the fourth word of the response on
+        assert torch.allclose(after[row, whole], (before[row, whole] - 0.7) / 2.5)
 
 
 def test_a_critic_that_starts_from_it_knows_what_each_word_changed(model):
-    """Its values are the means so far, so one-step advantages say by how much a word changed it."""
+    """Its values are the means so far; a word's one-step advantage is by how much it changed it."""
     nn.init.zeros_(model.score.weight)
     tokens, prompt_len, mask = collate(ROWS, PAD)
     R = mask.shape[1]
