@@ -11,7 +11,8 @@ Files are JSON Lines, plain or .gz: on each line one JSON object, a record, know
     {"prompt"}                          for prompts() only
 
 Each but text may be a list of {"role", "content"}, as in TRL. A malformed line stops the run with a
-UserError that names it; a record of no use (a tie, an empty answer) is left out and counted.
+UserError that names it; a record of no use (a tie, an empty answer) is left out and counted. In a
+file of labels (labels.py) ties have no chosen answer, and only labels that stand are read.
 A row is (tokens, prompt_len): tokens of prompt and response, and how many of them are the prompt's.
 """
 import gzip
@@ -26,6 +27,7 @@ import torch
 
 from nanorlhf.support import UserError
 from nanorlhf.support.config import autocast
+from nanorlhf.support.labels import CHOICES, standing
 
 ASSISTANT = "\n\nAssistant:"
 SPEAKER = {"system": "", "user": "\n\nHuman: ", "assistant": ASSISTANT + " "}
@@ -56,7 +58,10 @@ def collect(paths, answers, expected):
     """Records that must have 0, 1 or 2 answers -> list of their (prompt, answer) pairs, counts"""
     kept, counts = [], Counter()
     for path in paths:
-        for where, fields in read_json_lines(path):
+        for where, fields in standing(read_json_lines(path), counts):
+            if answers and fields.get("choice") in ("tie", "both bad"):
+                counts["ties"] += 1
+                continue
             pairs = dialogues(fields, where)[: answers or 1]
             texts = [answer if answers else prompt for prompt, answer in pairs]
             if len(texts) < (answers or 1) or None in texts:
@@ -247,13 +252,19 @@ def prompts_of(groups, longest):
 
 
 def choices(path):
-    """A file of human choices. -> scores of the first and of the second, one each a comparison"""
-    scores, pairs = dict(first=(1.0, 0.0), second=(0.0, 1.0), tie=(0.5, 0.5)), []
-    for where, record in read_json_lines(path):
-        if (choice := record.get("choice")) not in [*scores]:
-            raise UserError(f"{where}: expected choice to be first, second or tie, came {choice!r}")
-        pairs.append(scores[choice])
-    return tuple(zip(*pairs))
+    """A file of choices -> scores of the first and of the second, one each a comparison; whose"""
+    scores, whose = [], set()
+    for where, record in standing(read_json_lines(path), Counter()):
+        if (choice := record.get("choice")) not in [*CHOICES]:
+            expected = "choice to be first, second, tie or both bad"
+            raise UserError(f"{where}: expected {expected}, came {choice!r}")
+        scores.append(CHOICES[choice])
+        names = record.get("policy", "the first"), record.get("against", "the second")
+        whose.add("{} against {}".format(*names))
+    if len(whose) != 1:
+        came = " and ".join(sorted(whose)) or "none"
+        raise UserError(f"{path}: expected choices between the same two models, came {came}")
+    return *zip(*scores), *whose
 
 
 def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):
