@@ -1,1 +1,1 @@
-"""Programs for people: choose between answers."""
+"""Programs for people, who say which answers they prefer."""
