@@ -80,6 +80,8 @@ RECORDS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     {"prompt": "p"},
     {"prompt": "p", "first": "a", "second": "b", "choice": "tie"},
+    {"showing": "1", "choice": "first", "prompt": "p", "chosen": "a", "rejected": "b"},
+    {"showing": "2", "choice": "undo"},
 ]
 LINES = [dumps(record) + b"\n" for record in RECORDS]
 READERS = [data.demonstrations, data.preferences, data.prompts]
@@ -88,7 +90,8 @@ READERS = [data.demonstrations, data.preferences, data.prompts]
 @st.composite
 def records(draw):
     """The right keys, with anything under them."""
-    keys = ["text", "prompt", "response", "chosen", "rejected", "messages", "role", "content"]
+    keys = ["text", "prompt", "response", "chosen", "rejected", "messages", "role", "content",
+            "showing", "choice", "repeat"]  # fmt: skip
     turn = st.dictionaries(st.sampled_from(["role", "content"]), anything | st.just("user"))
     values = anything | st.lists(turn, max_size=3)
     lines = draw(st.lists(st.dictionaries(st.sampled_from(keys), values, max_size=4), max_size=4))

@@ -301,6 +301,8 @@ WRONG = [
     dict(showing=SHOWING, choice="left", seconds="1"),
     dict(showing=SHOWING, choice="left", seconds=1, annotator="ben"),
     dict(choice="left"),
+    {"self": 1, "\ud83d": 2},
+    {"\ud83d": 2},
     ["left"],
     "left",
 ]

@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
             status, (kind, text) = 200, self.answer()
         except (UserError, OSError, ValueError, TypeError, RecursionError) as error:
             status, kind, text = STATUS.get(type(error), 400), "text/plain", str(error)
-        body = text.encode()
+        body = text.encode(errors="replace")
         with suppress(ConnectionError):                        # the window was closed meanwhile
             self.send_response(status)
             for name, value in {"Content-Type": f"{kind}; charset=utf-8",
