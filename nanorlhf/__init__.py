@@ -9,7 +9,7 @@ Read in this order:
     dpo.py  ilql.py                      other losses that learn from the same data
     evaluate.py                          did it help?
 
-What any training program needs is in support/; programs that measure all this are in experiments/.
+support/ is what any training program needs, experiments/ measures all this, people/ asks people.
 Every sequence is flush left: tokens (B, T) holds prompt, response, padding. Dimension key:
 
     B  sequences          V  vocabulary              S  cached positions

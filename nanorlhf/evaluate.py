@@ -1,7 +1,7 @@
 """Did it help? Win rate of one model against another on prompts that neither has seen.
 
     python -m nanorlhf.evaluate --policy out/ppo --against out/sft     judged by the true reward
-    python -m nanorlhf.evaluate --judge choices.jsonl                  judged by people
+    python -m nanorlhf.evaluate --judge out/labels.jsonl               by people (people/label.py)
 
 A file of choices has records {"prompt", "first", "second", "choice"}, where first and second are
 responses of the policy and of the model to beat, and choice is "first", "second" or "tie".
@@ -82,9 +82,9 @@ def held_out_prompts(files: list[str], n: int, seed: int) -> list[str]:
 def main(cfg):
     device = setup(cfg)
     if Path(cfg.judge).is_file():
-        scores = choices(cfg.judge)
-        rate, low, high = win_rate(*scores)
-        print(f"win rate {rate:.3f} (95 %: {low:.3f} to {high:.3f}) over {len(scores[0])} choices")
+        first, second, whose = choices(cfg.judge)
+        print("win rate {:.3f} (95 %: {:.3f} to {:.3f})".format(*win_rate(first, second)),
+              f"over {len(first)} choices, of {whose}")
         return
     (policy, tok), (against, other) = (load_policy(name, device)
                                        for name in (cfg.policy, cfg.against))

@@ -68,14 +68,15 @@ def write_choices(path, *words):
 
 def test_choices_of_people_are_wins_ties_and_losses(tmp_path):
     path = write_choices(tmp_path / "c.jsonl", "first", "tie", "second", "first")
-    first, second = choices(path)
+    first, second, whose = choices(path)
+    assert whose == "the first against the second"
     assert [a - b for a, b in zip(first, second, strict=True)] == [1, 0, -1, 1]
     assert win_rate(first, second)[0] == 2.5 / 4
 
 
 def test_a_choice_of_neither_kind_is_named_by_line(tmp_path):
     path = write_choices(tmp_path / "c.jsonl", "first", "left")
-    with pytest.raises(UserError, match=r"c.jsonl:2: .*first, second or tie, came 'left'"):
+    with pytest.raises(UserError, match=r"c.jsonl:2: .*second, tie or both bad, came 'left'"):
         choices(path)
     for line, came in ('{"prompt": "p"}', "None"), ('{"choice": ["tie"]}', r"\['tie'\]"):
         path.write_text(line + "\n")

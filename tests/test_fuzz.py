@@ -84,6 +84,8 @@ RECORDS = [
     {"instruction": "i", "input": "x", "output": "o"},
     {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"},
      "rejected": {"from": "gpt", "value": "c"}},
+    {"showing": "1", "choice": "first", "prompt": "p", "chosen": "a", "rejected": "b"},
+    {"showing": "2", "choice": "undo"},
 ]
 LINES = [dumps(record) + b"\n" for record in RECORDS]
 ARRAY = b"[" + b",".join(LINES) + b"]"
@@ -94,7 +96,8 @@ READERS = [data.demonstrations, data.preferences, data.prompts]
 def records(draw):
     """The right keys, with anything under them."""
     keys = ["text", "prompt", "response", "chosen", "rejected", "messages", "role", "content",
-            "completion", "label", "instruction", "input", "output", "conversations"]  # fmt: skip
+            "completion", "label", "instruction", "input", "output", "conversations",
+            "showing", "choice", "repeat"]  # fmt: skip
     words = ["role", "content", "from", "value", "tool_calls"]
     turn = st.dictionaries(st.sampled_from(words), anything | st.sampled_from(["user", "gpt"]))
     values = anything | turn | st.lists(turn, max_size=3)

@@ -110,7 +110,7 @@ def test_a_file_can_be_read_at_one_sitting(name):
 @pytest.mark.parametrize("files, most", [
     ("nanorlhf/ppo.py", 300),
     ("nanorlhf/*.py", 1865),  # the course
-    ("nanorlhf/**/*.py", 4490),
+    ("nanorlhf/**/*.py", 4840),
 ])  # fmt: skip
 def test_there_are_no_more_lines_than_planned(files, most):
     length = lines(ROOT.glob(files))

@@ -1,7 +1,7 @@
 """Reads demonstrations, preferences and prompts from files, and makes padded batches of them.
 
 formats.py says what a file may look like. A record of no use (a tie, an empty answer) is left out
-and counted.
+and counted. In a file of labels (labels.py) only those that stand are read.
 A row is (tokens, prompt_len): tokens of prompt and response, and how many of them are the prompt's.
 """
 import itertools
@@ -14,6 +14,7 @@ import torch
 from nanorlhf.support import UserError
 from nanorlhf.support.config import autocast
 from nanorlhf.support.formats import dialogues, read_records
+from nanorlhf.support.labels import CHOICES, standing
 
 
 def demonstrations(paths):
@@ -41,7 +42,10 @@ def collect(paths, answers):
     """Records that must have 0, 1 or 2 answers -> list of their (prompt, answer) pairs, counts"""
     kept, counts = [], Counter()
     for path in paths:
-        for where, fields in read_records(path):
+        for where, fields in standing(read_records(path), counts):
+            if answers and fields.get("choice") in ("tie", "both bad"):
+                counts["ties"] += 1
+                continue
             pairs = dialogues(fields, answers, where)
             texts = [answer if answers else prompt for prompt, answer in pairs]
             if len({prompt for prompt, _ in pairs}) > 1:
@@ -166,13 +170,19 @@ def prompts_of(groups, longest):
 
 
 def choices(path):
-    """A file of human choices. -> scores of the first and of the second, one each a comparison"""
-    scores, pairs = dict(first=(1.0, 0.0), second=(0.0, 1.0), tie=(0.5, 0.5)), []
-    for where, record in read_records(path):
-        if (choice := record.get("choice")) not in [*scores]:
-            raise UserError(f"{where}: expected choice to be first, second or tie, came {choice!r}")
-        pairs.append(scores[choice])
-    return tuple(zip(*pairs))
+    """A file of choices -> scores of the first and of the second, one each a comparison; whose"""
+    scores, whose = [], set()
+    for where, record in standing(read_records(path), Counter()):
+        if (choice := record.get("choice")) not in [*CHOICES]:
+            expected = "choice to be first, second, tie or both bad"
+            raise UserError(f"{where}: expected {expected}, came {choice!r}")
+        scores.append(CHOICES[choice])
+        names = record.get("policy", "the first"), record.get("against", "the second")
+        whose.add("{} against {}".format(*names))
+    if len(whose) != 1:
+        came = " and ".join(sorted(whose)) or "none"
+        raise UserError(f"{path}: expected choices between the same two models, came {came}")
+    return *zip(*scores), *whose
 
 
 def endless(rows, batch_size, seed, start=0, length=lambda row: len(row[0])):

@@ -173,9 +173,13 @@ def samples(folder, before, after, titles=("before", "after")):
     for number, ((prompt, old), (_, new)) in enumerate(zip(before, after, strict=True), 1):
         page.append(f"## {number}\n")
         for title, text in zip(titles, (prompt, old, new)):
-            text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-            lines = (text or "(nothing)").split("\n")
+            lines = (printable(text) or "(nothing)").split("\n")
             page += [f"**{title}**\n", *(f"    {line}" for line in lines), ""]  # a block, indented
             print(f"{title:{width}}" + ("\n" + " " * width).join(lines))
         print()
     write_whole(Path(folder) / "samples.md", "\n".join(page))
+
+
+def printable(text):
+    """The text without characters that could do something to a terminal or to the text beside."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -1,0 +1,1 @@
+"""Programs for people, who say which answers they prefer."""
