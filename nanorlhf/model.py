@@ -1,7 +1,7 @@
-"""GPT-2's architecture, written by hand: one trunk, four heads.
+"""GPT-2's architecture, written by hand: one trunk (the layers), four heads (the outputs).
 
     GPT        tokens (B, T) -> logits (B, T, V)     language models: what comes next?
-    ScalarGPT  tokens (B, T) -> (B, T)               reward models and critics: how good so far?
+    ScalarGPT  tokens (B, T) -> (B, T)               reward models and critics: one number
     ReadingGPT tokens (B, T) -> (B, T)               the same, with a head that reads the request
     QGPT       tokens (B, T) -> logits (B, T, V)     ILQL: what comes next, and is it worth it?
 
@@ -181,10 +181,10 @@ class ReadingGPT(ScalarGPT):
     The hidden state h before a word has seen the request, and tells a language model what to
     expect. It is compared with the embedding e of the word that came: P(it fits) = sigmoid((A h) .
     e + c), which starts near the language model's own answer, the logit h . e. The mean of log P so
-    far is added to the scalar head's number. It is at most 0: no word earns more when repeated.
+    far, plus a bias, is added to the scalar head's number. It has an upper limit; a sum has none.
     """
     architecture, settings = "ReadingGPT", dict(model_type="readinggpt")
-    few = 32           # a mean of fewer words would jump: it is taken as if average ones followed
+    few = 32                 # a mean of fewer words would jump: their sum is divided by 32, too
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)

@@ -6,9 +6,9 @@
     update     a few clipped gradient steps towards what went better than the critic expected
     train      both in turn
 
-Left out on purpose: reward whitening, which made things worse where it was measured (Huang et al.
-2024); an entropy bonus, as the KL penalty already keeps the policy from collapsing; top-k and top-p
-sampling, as then tokens come from a truncated distribution, and log-probs from the full one.
+Left out on purpose: scaling rewards to variance 1, which did harm where it was measured (Huang et
+al. 2024); an entropy bonus, as the KL penalty already keeps the choice of words wide; top-k and
+top-p sampling, as then tokens come from a truncated distribution, and log-probs from the full one.
 """
 import math
 import time
@@ -55,7 +55,7 @@ class PPOConfig(SampleConfig):
     gamma: float = 1.0                # discount; a response is short, so none
     lam: float = 0.95                 # GAE: 0 trusts the critic, 1 trusts the rewards
     clip: float = 0.2                 # a ratio that improved past 1 +- this gets no gradient
-    value_clip: float = 10.0          # a value that improved past the old +- this gets none
+    value_clip: float = 10.0          # the same for values; 10 is hardly a clip
     temperature: float = 1.0          # of sampling, and so of every log-prob
     no_end_penalty: float = 0.0       # subtracted from the score of a response that never ends
     warmup: int = 10                  # rounds over which the learning rates rise from zero
@@ -72,7 +72,7 @@ class PPOConfig(SampleConfig):
 
 @dataclass
 class Rollout:
-    """B responses of at most R tokens, and how good they are. T = P + R."""
+    """B responses of at most R tokens, and how good they are. T <= P + R."""
     tokens: Tensor          # (B, T)  prompt, response, padding
     prompt_len: Tensor      # (B,)
     mask: Tensor            # (B, R)  the tokens that the policy chose, end token included
@@ -106,7 +106,7 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
     ended = tokens.new_tensor([row[-1] == eos for row, _ in rows], dtype=torch.bool)         # (B,)
 
     # 2. Measure, as many rows at a time as an update sees. Old log-probs are computed as in the
-    #    update, and not taken from the sampler, so that the ratio starts at exactly 1.
+    #    update, and not taken from the sampler, so that the ratio starts at 1.
     size = cfg.micro_batch_size or math.ceil(len(rows) / cfg.minibatches)
     parts = in_parts(parallel.local_rows(torch.arange(len(rows), device=mask.device)), size)
     measured = parallel.concatenate(
@@ -115,7 +115,7 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
 
     # 3. Reward: the score on the last token, and on every token the penalty for its KL.
     kl = kl_k1(measured["old_logprobs"], measured["ref_logprobs"])                         # (B, R)
-    scores = measured["scores"] - cfg.no_end_penalty * ~ended           # the log shows them without
+    scores = measured["scores"] - cfg.no_end_penalty * ~ended           # the log shows raw ones
     rewards = shape_rewards(scores, kl, mask, kl_coef)
 
     # 4. Compare with what was expected: of each token by the critic, or of the whole response by
@@ -134,10 +134,11 @@ def collect(policy, reference, critic, score, prompts: list[list[int]], cfg: PPO
 
 def measure(policy, reference, critic, score, tokens, prompt_len, mask, cfg):
     """What each model says of responses. -> {field of Rollout: (B, R); "scores": (B,)}"""
-    R, T = mask.shape[1], cfg.temperature
+    R, temperature = mask.shape[1], cfg.temperature
     with autocast(policy.device, cfg.dtype):
-        old_logprobs, entropy = response_logprobs_and_entropy(policy, tokens, prompt_len, R, T)
-        ref_logprobs = response_logprobs(reference, tokens, prompt_len, R, T)
+        old_logprobs, entropy = response_logprobs_and_entropy(policy, tokens, prompt_len, R,
+                                                              temperature)
+        ref_logprobs = response_logprobs(reference, tokens, prompt_len, R, temperature)
         measured = dict(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, entropy=entropy,
                         scores=score(tokens, prompt_len, mask))
         if critic is not None:
@@ -169,7 +170,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
                clip: float = 0.2) -> Tensor:
-    """Half the squared error, or that of the value held within old_values +- clip if it is larger.
+    """Half the squared error of values, or of values kept within old_values +- clip: the larger.
     All (B, R) -> scalar"""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)

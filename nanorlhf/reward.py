@@ -1,7 +1,7 @@
 """A Bradley-Terry reward model: from choices between two responses to one number for a response.
 
-It is the SFT model's trunk with a scalar head, read at the last token of the response, and learns
-in one pass over the comparisons (Ouyang et al. 2022, section 3.5).
+It is the SFT model's trunk with a head of model.py, ReadingGPT unless told otherwise, read at the
+last token of the response. It learns in one pass (Ouyang et al. 2022, section 3.5).
 """
 import math
 import random
@@ -52,7 +52,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def score(model: ScalarGPT, tokens: Tensor, prompt_len: Tensor, mask: Tensor) -> Tensor:
-    """The reward at the last token of each response. tokens (B, T), mask (B, R) -> (B,)"""
+    """The score: the number at each response's last token. tokens (B, T), mask (B, R) -> (B,)"""
     last = prompt_len + mask.sum(1) - 1
     return model(tokens, prompt_len)[torch.arange(len(tokens), device=tokens.device), last]
 

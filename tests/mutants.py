@@ -703,7 +703,7 @@ MUTANTS = [
            "[row[-1] == eos for row, _ in rows]", "[True for row, _ in rows]",
            "test_ppo.py::test_the_mask_ends_with_the_end_token_or_with_the_limit"),
     Mutant("a temperature that the reference forgets", 13, "nanorlhf/ppo.py",
-           "response_logprobs(reference, tokens, prompt_len, R, T)",
+           "response_logprobs(reference, tokens, prompt_len, R, temperature)",
            "response_logprobs(reference, tokens, prompt_len, R)",
            "test_ppo.py::test_a_rollout_agrees_with_itself"),
     Mutant("values taken after the token", 4, "nanorlhf/ppo.py",

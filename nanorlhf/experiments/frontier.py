@@ -109,7 +109,7 @@ def best_of_n(scores: Tensor, n: int) -> Tensor:
 METHODS = dict(                       # and the places of their dials
     sft=(partial(run_best_of_n, pool=1), (1,)),
     best_of_n=(run_best_of_n, (2, 4, 8, 16)),
-    ppo=(policy_gradient, (0.2, 0.05)),
+    ppo=(policy_gradient, (0.2, 0.1, 0.05)),
     ppo_true_reward=(partial(policy_gradient, by_truth=True), (0.05,)),
     reinforce=(partial(policy_gradient, advantage="reinforce"), (0.05,)),
     rloo=(partial(policy_gradient, advantage="rloo", responses=4), (0.05,)),
