@@ -12,7 +12,7 @@ from nanorlhf.support import runlog
 INK, GREY, PALE = "#22272e", "#8a9099", "#e9eaec"
 COLOURS = dict(policy="#2b6cb0", reference="#8a9099", loss="#2b6cb0", policy_loss="#2b6cb0",
                value_loss="#e0701f", score="#159a9c", kl="#7d57b5", entropy="#b5527f",
-               accuracy="#2f9e62", margin="#8a6d3b")
+               accuracy="#2f9e62", margin="#8a6d3b", sft="#8a9099")
 OTHERS = ("#2b6cb0", "#e0701f", "#2f9e62", "#cf4a4a", "#7d57b5", "#159a9c", "#8a6d3b", "#b5527f")
 UNITS = dict(loss="nats / token", kl="nats / response", entropy="nats / token",
              response_len="tokens", accuracy="fraction", clip_frac="fraction")
@@ -82,8 +82,8 @@ def clouds(panels):
     """panels: list of (title, {label: [[(KL, y) of a run, ...] of a setting, ...]}): dots, means"""
     fig = Picture(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for ax, (title, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
-        for colour, (label, settings) in zip(cycle(OTHERS), lines.items()):
-            label = label.replace("_", " ")
+        for other, (label, settings) in zip(cycle(OTHERS), lines.items()):
+            label, colour = label.replace("_", " "), COLOURS.get(label, other)
             means = sorted(tuple(np.mean(runs, 0)) for runs in settings)
             ax.scatter(*zip(*chain(*settings)), s=7, color=colour, alpha=0.3, linewidth=0)
             ax.plot(*zip(*means), marker=".", color=colour, linewidth=1.6, label=label)
