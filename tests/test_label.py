@@ -601,7 +601,15 @@ def test_a_program_that_is_killed_loses_nothing_and_doubles_nothing(models):
     assert data.preferences([out])[1] == {"records": 3, "ties": 2, "skips": 1}
 
 
-def test_ctrl_c_ends_it_with_the_next_command(models, tmp_path):
+@pytest.fixture
+def foreground():
+    """Programs that are started in the background ignore Ctrl-C, and so does what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_it_with_the_next_command(models, tmp_path, foreground):
     with running(models, 0, "--policy", "a", "--against", "b", "--out", str(tmp_path / "x")) as (
         process, port):  # fmt: skip
         process.send_signal(signal.SIGINT)
