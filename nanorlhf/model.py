@@ -167,7 +167,7 @@ class ScalarGPT(SavedModel):
     def forward(self, tokens: Tensor, prompt_len: Tensor | None = None) -> Tensor:
         return wide(self.score(self.transformer(tokens)).squeeze(-1))
 
-    def rescale(self, mean: float, std: float):
+    def rescale(self, mean: float, std: float, length: float = math.inf):
         """From now on it gives (x - mean) / std where it gave x. GPT-2's layout has no place for a
         bias of the head, so the one of the last LayerNorm takes it up."""
         head = self.score.weight[0]
@@ -204,9 +204,9 @@ class ReadingGPT(ScalarGPT):
         mean = F.pad(fits / compared.cumsum(1).clamp(min=self.few), (1, 0))                 # (B, T)
         return wide(self.score(hidden).squeeze(-1)) + self.scale * mean
 
-    def rescale(self, mean: float, std: float):
-        """As above for `few` words or more; a shorter response is shifted by less."""
-        self.bias -= mean / self.scale
+    def rescale(self, mean: float, std: float, length: float = math.inf):
+        """The same for responses of this length, or of `few` words; each word is shifted alike."""
+        self.bias -= mean / (self.scale * min(1, length / self.few))
         self.score.weight /= std
         self.scale /= std
 

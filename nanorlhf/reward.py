@@ -15,7 +15,7 @@ from torch import Tensor
 from nanorlhf import environment, tokenizer
 from nanorlhf.generate import generate_rows
 from nanorlhf.model import GPT, ReadingGPT, ScalarGPT
-from nanorlhf.support import UserError, loop, user_code
+from nanorlhf.support import UserError, data, loop, user_code
 from nanorlhf.support.config import SampleConfig
 from nanorlhf.support.data import collate, flatten, in_parts, pairs_in, rows_of, score_rows
 from nanorlhf.support.stats import accuracy_of, interval
@@ -126,7 +126,7 @@ def normalise(model: ScalarGPT, rows: list, pad: int, dtype: str) -> tuple[float
     if not std > 0:
         raise UserError(f"the reward model gives {mean.item():.3g} to every response: it has learnt"
                         " nothing to normalise; a lower --learning-rate is the usual remedy")
-    model.rescale(mean, std)
+    model.rescale(mean, std, data.response_len(rows) / len(rows))
     return mean.item(), std.item()
 
 

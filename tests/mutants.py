@@ -453,7 +453,7 @@ MUTANTS = [
            "        head /= std\n", "",
            "test_reward.py::test_normalised_scores_have_mean_0_and_deviation_1_also_after_loading"),
     Mutant("a reading head whose mean is not taken out", 10, "nanorlhf/model.py",
-           "        self.bias -= mean / self.scale\n", "",
+           "        self.bias -= mean / (self.scale * min(1, length / self.few))\n", "",
            "test_reading.py::test_rescaling_shifts_and_scales_every_number"),
     Mutant("a reading head that is scaled in part", 10, "nanorlhf/model.py",
            "        self.scale /= std\n", "",

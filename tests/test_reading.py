@@ -123,6 +123,18 @@ def test_rescaling_shifts_and_scales_every_number(kind, monkeypatch):
         assert torch.allclose(after[row, whole], (before[row, whole] - 0.7) / 2.5)
 
 
+def test_short_answers_score_0_on_average_too():
+    """Of six words each: every word carries its share of the shift."""
+    torch.manual_seed(2)
+    rows = [(torch.randint(11, (8,)).tolist(), 2) for _ in range(40)]
+    model = ReadingGPT(TINY).eval()
+    nn.init.normal_(model.match.weight)
+    mean, _ = reward.normalise(model, rows, PAD, "float32")
+    scores = reward.score_rows(reward.by_model(model), rows, PAD, model.device, "float32")
+    assert abs(mean) > 0.5 and scores.mean().abs() < 1e-4
+    assert scores.std().item() == pytest.approx(1, abs=1e-4)
+
+
 def test_a_critic_that_starts_from_it_knows_what_each_word_changed(model):
     """Its values are the means so far; a word's one-step advantage is by how much it changed it."""
     nn.init.zeros_(model.score.weight)
