@@ -82,10 +82,19 @@ def rows(part, cfg):
     return {what: (figure, goal) for what, figure, goal in part(cfg, True, measure)}
 
 
-def test_the_tests_of_a_device_and_the_three_commands_are_run(toy):
-    assert "1 passed" in rows(check_gpu.tests, toy)["tests on this device"][0]
-    found = rows(check_gpu.commands, toy)
-    assert len(found) == 4 and 0 <= found["win rate over the SFT model"][0] <= 1
+def test_the_whole_program_runs_at_toy_sizes(tmp_path):
+    words = ["--check-gpu", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "nanorlhf.experiments.bench", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert [*parts] == ["tests", "commands", "kernels", "GPT-2"]
+    found = {what: figure for part in parts.values() for what, figure, _ in part}
+    assert "error" not in found, found["error"]
+    assert "1 passed" in found["tests on this device"]
+    assert 0 <= found["win rate over the SFT model"] <= 1
+    assert found["32 + 8 tokens, eager: mfu"] > 0
+    assert (tmp_path / "table.md").read_text() in done.stdout
 
 
 def test_a_kernel_is_named_and_every_wait_for_the_device_counted(toy, monkeypatch):
