@@ -166,6 +166,7 @@ def test_two_windows_make_one_label_of_one_pair(cfg, browser):
         browser.wait("1 of 4 done")
         second = browser.driver.current_window_handle
         browser.driver.switch_to.window(first)
+        browser.wait("1 of 4 done")  # which it has learnt by itself
         browser.run("[state, since] = [arguments[0], 0]", dict(showing=SHOWING))  # as before
         browser.press("2")
         browser.wait("1 of 4 done")
