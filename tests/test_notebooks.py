@@ -45,14 +45,41 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+def solved(exercise, text):
+    """The code cell of an exercise with the functions of the solution above it in their place."""
+    [solution] = re.findall(r"<summary>Solution</summary>\n+```python\n(.*?)```", text, re.DOTALL)
+    answers = {node.name: node for node in ast.parse(solution).body
+               if isinstance(node, ast.FunctionDef)}
+    body = ast.parse(exercise).body
+    stubs = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    assert answers and answers.keys() <= stubs, f"{[*answers]} answer no stub of {[*stubs]}"
+    return "\n".join(ast.unparse(answers.get(getattr(node, "name", None), node)) for node in body)
+
+
+def with_solutions(notebook):
+    """After each exercise whose solution is code, the same cell again, solved."""
+    cells, exercises = [], []
+    for above, cell in zip([None, *notebook.cells], notebook.cells):
+        cells.append(cell)
+        if cell.cell_type == "code" and above and "Solution</summary>\n\n```" in above.source:
+            exercises.append(nbformat.v4.new_code_cell(solved(cell.source, above.source)))
+            cells.append(exercises[-1])
+    notebook.cells = cells
+    return exercises
+
+
 @each_notebook
-def test_it_runs(path, monkeypatch):
+def test_it_runs_and_its_exercises_accept_their_solutions(path, monkeypatch):
     """A real kernel, as a reader has it; its asserts are the checks. Nothing is written back."""
     old = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT)] + [old] * bool(old)))
     notebook = nbformat.read(path, as_version=4)
+    exercises = with_solutions(notebook)
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
                             resources=dict(metadata=dict(path=str(ROOT)))).execute()
+    assert len(exercises) >= 2
+    for cell in exercises:
+        assert cell.outputs[-1].text.strip().endswith("right"), cell.source
 
 
 @each_notebook
