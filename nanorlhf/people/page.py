@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def answer(self):
-        """-> type and texts. An action returns an object, or yields objects, sent one a line."""
+        """-> type and texts. An action returns a dict, or yields dicts, which are sent as lines."""
         request, port = f"{self.command} {self.path}", self.server.server_port
         host, length = (self.headers.get(name, "") for name in ("Host", "Content-Length"))
         # Not for pages of other sites, nor under a name of theirs that leads to this machine.
@@ -71,10 +71,20 @@ class Handler(BaseHTTPRequestHandler):
                 raise ValueError(f"expected JSON of {LONGEST:,} bytes at most")
             fields = json.loads(self.rfile.read(int(length)))
         result = self.server.actions[request](**fields)
-        return "application/json", (json.dumps(line, ensure_ascii=False) + "\n" for line in
-                                    ([result] if isinstance(result, dict) else result))
+        return "application/json", ([json.dumps(result)] if isinstance(result, dict) else
+                                    (json.dumps(line, ensure_ascii=False) + "\n"
+                                     for line in streamed(result)))
 
     log_message = lambda *_: None  # noqa: E731
+
+
+def streamed(objects):
+    """The objects, and a last one that says that these are all, or what went wrong."""
+    try:
+        yield from objects
+        yield dict(done=True)
+    except Exception as error:        # whatever it is: a reader is to see it
+        yield dict(error=str(error) or repr(error))
 
 
 def make_server(html, actions, port):
