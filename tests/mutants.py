@@ -1036,6 +1036,24 @@ MUTANTS = [
     Mutant("a decode step that reads keys and no values", 0, "nanorlhf/experiments/bench.py",
            "cached = 2 * cfg.n_layer", "cached = cfg.n_layer",
            "test_bench.py::test_a_decode_step_reads_the_weights_and_half_the_responses"),
+    # --- talking ---
+    Mutant("a cache that keeps what an edited turn has changed", 0, "nanorlhf/people/chat.py",
+           "start = min(len(os.path.commonprefix([self.read, tokens])), len(tokens) - 1)",
+           "start = min(len(self.read), len(tokens) - 1)",
+           "test_chat.py::test_a_turn_that_is_changed_or_asked_again_is_read_as_if_it_were_new"),
+    Mutant("a stopped pass that counts as read", 0, "nanorlhf/people/chat.py",
+           "self.read, self.cache.filled = tokens[:start], len(tokens)",
+           "self.cache.filled = len(tokens)",
+           "test_chat.py::test_stopped_in_the_middle_of_a_pass_the_next_one_is_right"),
+    Mutant("end tokens between the turns of a conversation", 0, "nanorlhf/people/chat.py",
+           "if token not in skip", "",
+           "test_chat.py::test_a_conversation_is_the_text_that_such_models_are_trained_on"),
+    Mutant("top-p that leaves out the token that reaches it", 0, "nanorlhf/people/chat.py",
+           "p.cumsum(-1) - p >= top_p", "p.cumsum(-1) >= top_p",
+           "test_chat.py::test_top_k_and_top_p_by_hand"),
+    Mutant("half characters in a stream", 0, "nanorlhf/people/chat.py",
+           'decoder.decode(self.bytes.get(tokens[-1], b""))', "self.tok.decode(tokens[-1:])",
+           "test_chat.py::test_a_character_of_several_tokens_comes_when_it_is_whole"),
 ]
 # fmt: on
 

@@ -132,7 +132,7 @@ def test_when_the_context_is_full_the_oldest_turns_go_and_the_rest_is_read_as_if
     assert tokens == made(models, "hh").context(turns[old:])[0]
     assert len(tokens) <= 96 - 12 < len(made(models, "hh", max_new_tokens=0).context(turns)[0])
     new = made(models, "hh")
-    assert torch.equal(talker.logits(tokens), new.logits(tokens))
+    assert torch.allclose(talker.logits(tokens), new.logits(tokens), rtol=0, atol=1e-4)
     assert torch.allclose(new.logits(tokens), fresh(new, tokens), rtol=0, atol=1e-4)
 
 
@@ -142,7 +142,7 @@ def test_a_turn_that_is_changed_or_asked_again_is_read_as_if_it_were_new(models)
         tokens, _ = talker.context(turns)
         assert torch.allclose(talker.logits(tokens), fresh(talker, tokens), rtol=0, atol=1e-4)
         assert talker.read == tokens
-    assert torch.equal(talker.logits(tokens), talker.logits(tokens))  # nothing new: the last again
+    assert torch.equal(talker.logits(tokens), talker.logits(tokens))  # only the last one again
 
 
 def test_stopped_in_the_middle_of_a_pass_the_next_one_is_right(models, monkeypatch):

@@ -177,6 +177,9 @@ def test_a_message_that_is_edited_starts_again_from_there(browser):
         browser.actions().send_keys(Keys.ESCAPE).perform()  # thought better of it
         assert browser.all("section.later") == [] and browser.all("article .text") == [*"123"]
         browser.click("edit", 1)
+        browser.say("")  # the same without such a key
+        assert browser.all("section.later") == [] and browser.all("article .text") == [*"123"]
+        browser.click("edit", 1)
         browser.actions().send_keys("B\n").perform()
         browser.whole("1", "4")
         assert browser.all(".message .text") == ["a", "bB"]

@@ -73,7 +73,7 @@ def truncate(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 
     """-inf for all but the top_k likeliest tokens (0: all stay), and of these for all but the
     fewest that have the probability top_p together (Holtzman et al. 2020). (B, V) -> (B, V)
 
-    For talking alone: PPO has to know the probability of what it sampled, and of what it did not.
+    For talking alone: PPO's ratios and KL are those of tokens drawn from the whole distribution.
     """
     if temperature == 0:                             # the likeliest token stays in any case
         return logits
@@ -129,8 +129,8 @@ class Talker:
     def answer(self, turns, uniforms):
         """Yield {"token", "text"} for each token of an answer to the last turn, as it comes. Where
         a character is of several tokens, the last of them has it."""
-        (tokens, old), cfg, decoder = self.context(turns), self.cfg, codecs.getincrementaldecoder(
-            "utf-8")("replace")
+        (tokens, old), cfg = self.context(turns), self.cfg
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         if old:
             yield dict(note=f"no longer in the context: the oldest turns, {old} of them")
         for u in uniforms.split(1, dim=1):
