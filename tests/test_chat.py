@@ -370,7 +370,8 @@ def test_for_a_script_it_prints_the_answer_and_nothing_else(models):
 def test_several_turns_and_every_command(models):
     keys = "Hi.\n\nSo?\n/help\n/compare b\nBoth?\n/compare nowhere\n/compare\n/reset\n/what\nHm."
     done = program(models, "a", "--form", "conversation", stdin=keys)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and not done.stderr.replace(
+        "(no longer in the context: the oldest turns, 1 of them)\n", "")
     start, one, _, two, help, _, both, wrong, _, _, what, last, end = done.stdout.split("> ")
     assert "conversation" not in start and r"'\n\nHuman: ...\n\nAssistant:', after all" in start
     assert help == what == chat_module.HELP + "\n"
@@ -388,7 +389,7 @@ def test_ctrl_c_stops_the_answer_and_the_next_one_leaves(models, foreground):
     thread.start()
 
     def wait(text, count=1):
-        ends = time.monotonic() + 100
+        ends = time.monotonic() + 300
         while "".join(lines).count(text) < count:
             assert time.monotonic() < ends and process.poll() is None, "".join(lines)
             time.sleep(0.05)

@@ -31,8 +31,9 @@ from nanorlhf.support.config import run, setup
 from nanorlhf.support.formats import ASSISTANT, SPEAKER, dialogues, read_records
 from nanorlhf.support.runlog import printable
 
-# What stands before and after a message.
-FORMS = dict(story=("", "\n"), conversation=(SPEAKER["user"], ASSISTANT), text=("", ""))
+# What stands before and after a message, and whether it goes on with what came before.
+FORMS = dict(story=("", "\n", False), conversation=(SPEAKER["user"], ASSISTANT, True),
+             text=("", "", True))
 HELP = """/compare FOLDER  the model in that folder answers, too; without a folder: no longer
 /reset           forget all turns
 /help            this"""
@@ -52,20 +53,19 @@ class ChatConfig(PageConfig):
 
 
 def form_of(folder: str) -> tuple[str, str, bool]:
-    """What stands before and after a message in the first prompt that the model was trained on, and
-    whether it goes on with what came before."""
+    """As in FORMS: that of the first prompt in the data that a model was trained on."""
     path = Path(folder) / "settings.json"
     if not path.exists():
-        return *FORMS["text"], True                  # a model from elsewhere, such as GPT-2
+        return FORMS["text"]                         # a model from elsewhere, such as GPT-2
     if not (files := read_json(path, folder).get("data")):
-        return *FORMS["story"], False                # the built-in world
+        return FORMS["story"]                        # the built-in world
     try:
         where, record = next(read_records(files[0]))
         prompt, _ = dialogues(record, 0, where)[0]
     except UserError as error:
         raise UserError(f"expected --form, or the data of {folder}; came {error}") from None
     if prompt.endswith(ASSISTANT):
-        return *FORMS["conversation"], True
+        return FORMS["conversation"]
     return "", prompt[len(prompt.rstrip()):], not prompt
 
 
@@ -91,8 +91,7 @@ class Talker:
 
     def __init__(self, folder, cfg, device):
         (self.model, self.tok), self.cfg = load_policy(folder, device), cfg
-        self.before, self.after, self.remembers = (
-            form_of(folder) if cfg.form == "auto" else (*FORMS[cfg.form], cfg.form != "story"))
+        self.before, self.after, self.remembers = FORMS.get(cfg.form) or form_of(folder)
         self.bytes = {i: token for token, i in self.tok.ranks.items()}
         config, dtype = self.model.config, fast.computed_dtype(self.model)
         self.cache, self.read = KVCache(config, 1, config.n_positions, device, dtype), []
