@@ -212,7 +212,7 @@ def main(cfg):
         state = dict(model=cfg.policy, help=HELP)
         return serve(Path(__file__).with_suffix(".html"),
                      {"GET /state": lambda: state, "POST /say": chat.answers}, cfg)
-    print(f"{HELP}\nCtrl-C          stop an answer; leave, where there is none")
+    print(f"{HELP}\nCtrl-C           stop an answer; leave, where there is none")
     with suppress(EOFError, KeyboardInterrupt):
         in_terminal(chat)
     print()
