@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 # Tests run side by side, each with one core: more threads would wait for each other. Set before
@@ -40,3 +41,30 @@ def gpt2_cache(real_data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         yield cache
+
+
+@pytest.fixture(scope="module")
+def window():
+    """A browser's window; closed when the tests of a file are done."""
+    from pages import start_browser
+
+    driver = start_browser()
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def phone_window():
+    from pages import start_browser
+
+    driver = start_browser(width=360, height=640, pixelRatio=2, touch=True)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def foreground():
+    """Programs that are started in the background ignore Ctrl-C, and so does what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

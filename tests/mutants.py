@@ -1009,11 +1009,11 @@ MUTANTS = [
     Mutant("a chosen answer that stood on the other side", 0, "nanorlhf/people/label.py",
            'dict(zip(("left", "right"), sides))', 'dict(zip(("right", "left"), sides))',
            "test_label.py::test_what_is_left_is_random_and_the_record_says_what_was"),
-    Mutant("a page for those who know its port", 0, "nanorlhf/people/label.py",
+    Mutant("a page for those who know its port", 0, "nanorlhf/people/page.py",
            'host not in (f"127.0.0.1:{port}", f"localhost:{port}")',
            'not host.endswith(f":{port}")',
            "test_label.py::test_pages_of_others_may_neither_read_nor_choose"),
-    Mutant("choices by the page of another site", 0, "nanorlhf/people/label.py",
+    Mutant("choices by the page of another site", 0, "nanorlhf/people/page.py",
            'self.headers.get("Origin", f"http://{host}") != f"http://{host}"', "False",
            "test_label.py::test_pages_of_others_may_neither_read_nor_choose"),
     Mutant("a label that a power cut may take", 0, "nanorlhf/support/labels.py",
@@ -1044,6 +1044,24 @@ MUTANTS = [
            'n_ctx=config["n_positions"], ', "",
            "test_model.py"
            "::test_the_longest_sequence_stands_in_config_json_under_both_of_its_names"),
+    # --- talking ---
+    Mutant("a cache that keeps what an edited turn has changed", 0, "nanorlhf/people/chat.py",
+           "start = min(len(os.path.commonprefix([self.read, tokens])), len(tokens) - 1)",
+           "start = min(len(self.read), len(tokens) - 1)",
+           "test_chat.py::test_a_turn_that_is_changed_or_asked_again_is_read_as_if_it_were_new"),
+    Mutant("a stopped pass that counts as read", 0, "nanorlhf/people/chat.py",
+           "self.read, self.cache.filled = tokens[:start], len(tokens)",
+           "self.cache.filled = len(tokens)",
+           "test_chat.py::test_stopped_in_the_middle_of_a_pass_the_next_one_is_right"),
+    Mutant("end tokens between the turns of a conversation", 0, "nanorlhf/people/chat.py",
+           "if token not in skip", "",
+           "test_chat.py::test_a_conversation_is_the_text_that_such_models_are_trained_on"),
+    Mutant("top-p that leaves out the token that reaches it", 0, "nanorlhf/people/chat.py",
+           "p.cumsum(-1) - p >= top_p", "p.cumsum(-1) >= top_p",
+           "test_chat.py::test_top_k_and_top_p_by_hand"),
+    Mutant("half characters in a stream", 0, "nanorlhf/people/chat.py",
+           'decoder.decode(self.bytes.get(tokens[-1], b""))', "self.tok.decode(tokens[-1:])",
+           "test_chat.py::test_a_character_of_several_tokens_comes_when_it_is_whole"),
 ]
 # fmt: on
 

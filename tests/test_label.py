@@ -1,7 +1,6 @@
 """Labels by people: what is shown, kept and refused, called as functions, over HTTP, and as a
 program that is killed. The page itself is tested in test_label_browser.py."""
 
-import contextlib
 import http.client
 import json
 import os
@@ -16,19 +15,20 @@ import urllib.request
 from datetime import datetime
 from pathlib import Path
 
+import pages
 import pytest
 import torch
+from pages import ENVIRONMENT, ROOT, STRANGERS, request, running
 
 from nanorlhf import environment, tokenizer
 from nanorlhf.evaluate import EvaluateConfig, main
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.people import label
-from nanorlhf.people.label import LabelConfig, Labels, make_pairs, make_server
+from nanorlhf.people.label import LabelConfig, Labels, make_pairs
+from nanorlhf.people.page import make_server
 from nanorlhf.support import UserError, data, labels
 from nanorlhf.support.config import run
 from nanorlhf.support.stats import win_rate
-
-ROOT = Path(__file__).parents[1]
 
 
 def pairs(n, **texts):
@@ -364,31 +364,9 @@ def test_answers_that_are_all_the_same_cannot_be_compared(models):
 # --- over HTTP ---
 
 
-@contextlib.contextmanager
 def serving(cfg, made, port=0):
-    server = make_server(Labels(cfg, made), port)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def request(port, method, path, fields=None, **headers):
-    """-> status, text"""
-    body = fields if isinstance(fields, bytes | None) else json.dumps(fields).encode()
-    kind = {"Content-Type": "application/json"} if body is not None else {}
-    headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    url = f"http://127.0.0.1:{port}{path}"
-    asked = urllib.request.Request(url, body, kind | headers, method=method)
-    try:
-        with urllib.request.urlopen(asked, timeout=10) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    html = ROOT / "nanorlhf/people/label.html"
+    return pages.serving(html, label.actions(Labels(cfg, made)), port)
 
 
 @pytest.fixture
@@ -430,19 +408,6 @@ def test_the_page_may_run_nothing_from_elsewhere_and_stand_in_no_other_page(page
     assert "innerHTML" not in text and "http" not in text.replace("http-equiv", "")
 
 
-STRANGERS = [
-    dict(Host="evil.example"),  # a name of theirs that leads to this machine
-    dict(Host="127.0.0.1"),
-    dict(Host="127.0.0.1.evil.example:{port}"),
-    dict(Host=""),
-    dict(Origin="http://evil.example"),
-    dict(Origin="https://127.0.0.1:{port}"),
-    dict(Origin="http://127.0.0.1:1"),
-    dict(Origin="http://localhost:{port}"),  # the page has the name of the host it was asked for
-    dict(Origin="null"),
-]
-
-
 @pytest.mark.parametrize("headers", STRANGERS)
 @pytest.mark.parametrize("method, path", [("GET", "/"), ("GET", "/state"), ("POST", "/choose")])
 def test_pages_of_others_may_neither_read_nor_choose(cfg, page, headers, method, path):
@@ -468,7 +433,7 @@ def test_a_form_of_another_site_is_refused_even_without_an_origin(cfg, page):
     assert records(cfg) == []
 
 
-@pytest.mark.parametrize("length", ["4097", "99999999999", "9" * 5000, "-1", "x", "", None])
+@pytest.mark.parametrize("length", ["1048577", "99999999999", "9" * 5000, "-1", "x", "", None])
 def test_a_body_has_a_length_and_a_small_one(cfg, page, length):
     connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=10)
     connection.putrequest("POST", "/choose")
@@ -487,11 +452,11 @@ def test_a_body_that_is_no_choice_is_refused(cfg, page, body):
 
 
 def test_other_machines_cannot_reach_it(cfg):
-    server = make_server(Labels(cfg, pairs(1)), 0)
+    server = make_server(None, {}, 0)
     host, port = server.server_address
     assert host == "127.0.0.1"
     with pytest.raises(UserError, match=f"--port: cannot use {port}: Address already in use"):
-        make_server(Labels(cfg, pairs(1)), port)
+        make_server(None, {}, port)
     server.server_close()
 
 
@@ -554,28 +519,13 @@ def test_choices_between_other_models_are_not_mixed_in(cfg):
 
 PROGRAM = [sys.executable, "-m", "nanorlhf.people.label", "--no-open", "--device", "cpu",
            "--prompts", "6", "--max-new-tokens", "8"]  # fmt: skip
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-@contextlib.contextmanager
-def running(folder, port, *flags):
-    """The program, until it says where its page is; killed in the end."""
-    process = subprocess.Popen([*PROGRAM, "--port", str(port), *flags], cwd=folder, env=ENVIRONMENT,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("page      http://127.0.0.1:"), line
-        yield process, int(line.split(":")[2].split()[0])
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_program_that_is_killed_loses_nothing_and_doubles_nothing(models):
     port, out = 0, models / "out" / "labels.jsonl"
     wanted = ["left", "right", "tie", "both bad", "skip", "left"]
     for i in 0, 2:
-        with running(models, port, "--policy", "a") as (process, port):
+        with running(models, *PROGRAM, "--port", str(port), "--policy", "a") as (process, port):
             state = json.loads(request(port, "GET", "/state")[1])
             assert state["progress"].startswith(f"{i} of 6")
             for choice in wanted[i : i + 2]:
@@ -601,17 +551,9 @@ def test_a_program_that_is_killed_loses_nothing_and_doubles_nothing(models):
     assert data.preferences([out])[1] == {"records": 3, "ties": 2, "skips": 1}
 
 
-@pytest.fixture
-def foreground():
-    """Programs that are started in the background ignore Ctrl-C, and so does what they start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_ends_it_with_the_next_command(models, tmp_path, foreground):
-    with running(models, 0, "--policy", "a", "--against", "b", "--out", str(tmp_path / "x")) as (
-        process, port):  # fmt: skip
+    flags = "--port", "0", "--policy", "a", "--against", "b", "--out", str(tmp_path / "x")
+    with running(models, *PROGRAM, *flags) as (process, port):
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=60)
         assert process.returncode == 0

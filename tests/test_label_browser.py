@@ -4,31 +4,15 @@ Needs Debian's chromium and chromium-driver, and selenium; skipped elsewhere.
 """
 
 import json
-import shutil
 import time
 
 import pytest
-from test_label import SHOWING, pairs, records, request, serving
+from pages import Page, request
+from test_label import SHOWING, pairs, records, serving
 
 from nanorlhf.people.label import LabelConfig
 
 KEYS = dict(left="1", right="2", tie="3", skip="s", undo="u") | {"both bad": "4"}
-
-
-def start_browser(**emulation):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not browser or not driver:
-        pytest.skip("chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    options.add_argument("--headless=new")
-    options.add_argument("--no-sandbox")  # which root has to do without
-    options.add_argument("--disable-dev-shm-usage")  # it is small in a container
-    options.add_argument("--window-size=1200,760")
-    if emulation:
-        options.add_experimental_option("mobileEmulation", dict(deviceMetrics=emulation))
-    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
 
 
 @pytest.fixture
@@ -36,46 +20,13 @@ def cfg(tmp_path):
     return LabelConfig(out=str(tmp_path / "labels.jsonl"), policy="P", annotator="anna")
 
 
-@pytest.fixture(scope="module")
-def browser():
-    driver = start_browser()
-    yield Page(driver)
-    driver.quit()
-
-
-@pytest.fixture(scope="module")
-def phone():
-    driver = start_browser(width=360, height=640, pixelRatio=2, touch=True)
-    yield Page(driver)
-    driver.quit()
-
-
-class Page:
-    """What a person sees, and can do."""
-
-    def __init__(self, driver):
-        self.driver, self.run = driver, driver.execute_script
-
-    def actions(self):
-        from selenium.webdriver import ActionChains
-
-        return ActionChains(self.driver)
-
+class LabelPage(Page):
     def open(self, port):
         self.driver.get(f"http://127.0.0.1:{port}/")
         self.wait("0 of ", "1 of ", "2 of ", "4 of ", "10 of ")
 
-    def text(self, name):
-        return self.run("return document.getElementById(arguments[0]).textContent", name)
-
     def shown(self):
         return tuple(map(self.text, ("prompt", "left", "right")))
-
-    def wait(self, *beginnings, name="progress"):
-        ends = time.monotonic() + 20
-        while not self.text(name).startswith(beginnings):
-            assert time.monotonic() < ends, f"{self.text(name)!r} and not {beginnings}"
-            time.sleep(0.02)
 
     def button(self, choice):
         return self.driver.find_element("css selector", f'button[value="{choice}"]')
@@ -87,6 +38,16 @@ class Page:
     def click(self, choice):
         time.sleep(0.6)
         self.button(choice).click()
+
+
+@pytest.fixture
+def browser(window):
+    return LabelPage(window)
+
+
+@pytest.fixture
+def phone(phone_window):
+    return LabelPage(phone_window)
 
 
 def test_ten_pairs_by_key_and_by_click_are_the_records_of_what_was_seen(cfg, browser):

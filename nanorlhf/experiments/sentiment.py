@@ -1,6 +1,6 @@
 """Can PPO make film reviews positive? On sentences that people labelled, with a model from scratch.
 
-    python -m nanorlhf.experiments.sentiment --data sentence_polarity.zip --books books.jsonl.gz
+    python -m nanorlhf.experiments.sentiment --data sentence_polarity.zip --text books.jsonl
     (then the three scripts, on the files that this writes: README.md has the commands)
     python -m nanorlhf.experiments.sentiment --data sentence_polarity.zip --policy out/reviews/ppo
 
@@ -10,10 +10,11 @@ them train the models. The rest is for the judges: a classifier, and a second la
 import json
 import math
 import random
+import re
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -37,7 +38,7 @@ from nanorlhf.support.stats import accuracy_of, distinct, interval
 class SentimentConfig(EvaluateConfig):
     """Write the files that training reads. With --policy: judge what was trained."""
     data: str = "sentence_polarity.zip"  # of nltk_data: the sentences and their labels
-    books: str = ""                   # a file of plain text, to pretrain on
+    text: list[str] = field(default_factory=list)  # files of other text, to pretrain on
     vocab_size: int = 4096            # of the tokenizer, which is learned from the sentences
     out: str = "out/reviews"          # the folder of the files, or of the judgement
     policy: str = ""                  # the model to judge; none: write the files
@@ -63,9 +64,11 @@ def labelled(path):
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: expected sentence_polarity.zip of nltk_data: {error}") from None
     parts = [], []
-    for label, line in [(end, line.strip()) for end in lines for line in lines[end]]:
-        if len(line.split()) > 4:                              # an opening and something after it
-            parts[zlib.crc32(line.encode()) % 10 >= 6].append((line, label == "pos"))
+    for label, line in [(end, line) for end in lines for line in lines[end]]:
+        # "good , but" -> "good, but"
+        text = re.sub(r" (?=[,.;:?!)\]])|(?<=[(\[]) ", "", line.strip())
+        if len(text.split()) > 4:                              # an opening and something after it
+            parts[zlib.crc32(line.encode()) % 10 >= 6].append((text, label == "pos"))
     return parts
 
 
@@ -75,9 +78,9 @@ def write_files(cfg, training, judges):
     tokenizer.learn((text for text, _ in training), cfg.vocab_size).save(out / "tokenizer")
     files = dict(sentences=demonstrations(training, rng), pairs=pairs(training, rng, 4),
                  second=demonstrations(judges, rng))
-    if cfg.books:                     # all reviews are in lower case
-        files["books"] = [dict(text=r["response"].lower())
-                          for r in data.demonstrations([cfg.books])[0]]
+    if cfg.text:                      # in lower case, as the reviews are
+        files["text"] = [dict(text=(r["prompt"] + r["response"]).lower())
+                         for r in data.demonstrations(cfg.text)[0]]
     for name, records in files.items():
         write_whole(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         print(f"{out / name}.jsonl: {len(records):,} records")
@@ -162,7 +165,7 @@ def describe_texts(rows, classify, second, tok, cfg):
 
 
 def words_and_pairs(text):
-    words = text.split()
+    words = re.findall(r"[\w'-]+|[^\w\s]", text)
     return {*words, *pairwise(words)}
 
 

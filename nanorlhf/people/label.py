@@ -14,18 +14,16 @@ import json
 import random
 import threading
 import time
-import webbrowser
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
 
 from nanorlhf import environment
 from nanorlhf.evaluate import held_out_prompts
 from nanorlhf.generate import generate_texts
 from nanorlhf.model import load_policy
+from nanorlhf.people.page import PageConfig, serve
 from nanorlhf.support import UserError, data
 from nanorlhf.support.config import run, setup
 from nanorlhf.support.formats import read_records
@@ -34,14 +32,10 @@ from nanorlhf.support.runlog import printable
 
 KEYS = {"1": "left", "2": "right", "3": "tie", "4": "both bad", "s": "skip", "u": "undo"}
 MENU = "1 first  2 second  3 tie  4 both bad  s skip  u undo  q quit: "
-STATUS = {PermissionError: 403, FileNotFoundError: 404, UserError: 500}
-HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-           "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:; "
-           "frame-ancestors 'none'"}  # nothing of other sites, and in no page of theirs
 
 
 @dataclass
-class LabelConfig:
+class LabelConfig(PageConfig):
     """Choose between two answers to a prompt, in a browser or in the terminal."""
     policy: str = "out/sft"           # the model whose answers are compared
     against: str = ""                 # another model, which then writes one answer of each pair
@@ -50,13 +44,6 @@ class LabelConfig:
     out: str = "out/labels.jsonl"     # the file of labels, which grows
     annotator: str = "me"             # who chooses; stands in each label
     terminal: bool = False            # ask in the terminal
-    open: bool = True                 # open the page
-    port: int = 8642                  # of the page; 0: any that is free
-    temperature: float = 1.0          # of sampling
-    max_new_tokens: int = 80          # longest answer
-    seed: int = 1                     # of everything that is drawn at random
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to run
-    RANGES = dict(port=(0, 65535))
 
 
 def make_pairs(cfg, device):
@@ -155,57 +142,10 @@ class Labels:
             return state
 
 
-class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, GET /state what it shows, POST /choose a choice, answered by the state."""
-    timeout = 10                      # seconds without a byte, after which a connection is closed
-
-    def do_GET(self):
-        try:
-            status, (kind, text) = 200, self.answer()
-        except (UserError, OSError, ValueError, TypeError, RecursionError) as error:
-            status, kind, text = STATUS.get(type(error), 400), "text/plain", str(error)
-        body = text.encode(errors="replace")
-        with suppress(ConnectionError):                        # the window was closed meanwhile
-            self.send_response(status)
-            for name, value in {"Content-Type": f"{kind}; charset=utf-8",
-                                "Content-Length": len(body), **HEADERS}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-    do_POST = do_GET
-
-    def answer(self):
-        """-> type and text"""
-        request, port = f"{self.command} {self.path}", self.server.server_port
-        host, length = (self.headers.get(name, "") for name in ("Host", "Content-Length"))
-        # Not for pages of other sites, nor under a name of theirs that leads to this machine.
-        if (host not in (f"127.0.0.1:{port}", f"localhost:{port}")
-                or self.headers.get("Origin", f"http://{host}") != f"http://{host}"):
-            raise PermissionError("expected a request of this program's own page")
-        if request == "GET /":
-            return "text/html", Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-        if request == "POST /choose":
-            # Without asking first, a page of another site can send a form, but not JSON.
-            if self.headers.get("Content-Type") != "application/json":
-                raise ValueError("expected JSON")
-            if not length.isdecimal() or int(length) > 4096:
-                raise ValueError("expected a choice, in 4,096 bytes at most")
-            self.server.labels.choose(**json.loads(self.rfile.read(int(length))))
-        elif request != "GET /state":
-            raise FileNotFoundError("expected /, /state or /choose")
-        return "application/json", json.dumps(self.server.labels.state())
-
-    log_message = lambda *_: None  # noqa: E731
-
-
-def make_server(labels, port):
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        raise UserError(f"--port: cannot use {port}: {error.strerror}") from None
-    server.labels = labels
-    return server
+def actions(labels):
+    """What the page asks for: GET /state is what it shows, POST /choose answers with the same."""
+    return {"GET /state": labels.state,
+            "POST /choose": lambda **fields: labels.choose(**fields) or labels.state()}
 
 
 def in_terminal(labels, key=""):
@@ -230,12 +170,8 @@ def main(cfg):
         if cfg.terminal:
             in_terminal(labels)
         else:
-            with make_server(labels, cfg.port) as server:
-                page = f"http://127.0.0.1:{server.server_port}"
-                print(f"page      {page} (Ctrl-C ends it; all choices are kept)", flush=True)
-                if cfg.open:
-                    webbrowser.open(page)
-                server.serve_forever()
+            page = Path(__file__).with_suffix(".html")
+            serve(page, actions(labels), cfg, note="; all choices are kept")
     print(f"\nlabels    {labels.state()['progress']}, in {cfg.out}\nnext: python " + (
         f"-m nanorlhf.evaluate --judge {cfg.out}" if cfg.against else
         f"train_rm.py --data {cfg.out} --sft {cfg.policy} --out out/my-rm"))

@@ -72,7 +72,7 @@ OUT_OF_MEMORY = "MemoryError|out of memory|can't allocate memory|not enough memo
 
 def run(main, cls):
     """Call main with what the command line says. A user's mistake ends in one line and status 2."""
-    for stream in sys.stdout, sys.stderr:
+    for stream in sys.stdin, sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows only ASCII shows "?"
     status = 2
@@ -141,7 +141,10 @@ def make_parser(cls):
             kind = dict(choices=get_args(hint))
         else:
             kind = dict(type=hint)
-        flag = parser.add_argument("--" + name.replace("_", "-"), default=defaults[name], **kind)
+        flag = "--" + name.replace("_", "-")
+        if name == getattr(cls, "POSITIONAL", None):  # may be given without its name
+            flag, kind = name, dict(kind, nargs="?")
+        flag = parser.add_argument(flag, default=defaults[name], **kind)
         shown = "none" if defaults[name] in ("", []) else defaults[name]
         flag.help = f"{comment} (default: {shown})".replace("%", "%%")
     return parser
