@@ -1036,6 +1036,14 @@ MUTANTS = [
     Mutant("a decode step that reads keys and no values", 0, "nanorlhf/experiments/bench.py",
            "cached = 2 * cfg.n_layer", "cached = cfg.n_layer",
            "test_bench.py::test_a_decode_step_reads_the_weights_and_half_the_responses"),
+    # --- a folder that other programs open ---
+    Mutant("a folder that does not say what ends a text", 0, "nanorlhf/support/pretrained.py",
+           "(tok.special if tok else {})", "{}",
+           "test_twins.py::test_the_pipeline_opens_a_folder_and_writes_the_same_greedy_tokens"),
+    Mutant("a folder that llama.cpp's converter cannot read", 0, "nanorlhf/support/pretrained.py",
+           'n_ctx=config["n_positions"], ', "",
+           "test_model.py"
+           "::test_the_longest_sequence_stands_in_config_json_under_both_of_its_names"),
 ]
 # fmt: on
 

@@ -166,6 +166,13 @@ def test_gpt2_as_published_has_no_prefix_and_carries_masks_along(tmp_path, token
 # --- our own files ---
 
 
+def test_the_longest_sequence_stands_in_config_json_under_both_of_its_names(tmp_path):
+    """transformers reads n_positions, and llama.cpp's converter to GGUF the older n_ctx."""
+    GPT(TINY).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["n_positions"] == config["n_ctx"] == 12
+
+
 def test_what_is_saved_comes_back_to_the_bit(tmp_path, tokens):
     for model in scrambled(GPT(TINY)), scrambled(ScalarGPT(TINY)):
         model.save(tmp_path / model.architecture, note="kept")

@@ -291,6 +291,28 @@ def test_the_likeliest_continuation_is_the_same_there(eos, tmp_path):
     assert len({tuple(row) for row in ours}) == 4 and (lengths == {20}) == (eos is None)
 
 
+@torch.no_grad()
+def test_the_pipeline_opens_a_folder_and_writes_the_same_greedy_tokens(tmp_path):
+    """Everything comes from the folder: weights, tokenizer, and which token ends a response."""
+    tok = tokenizer.learn(["a penguin and a drum"], 266)
+    torch.manual_seed(4)
+    model = scrambled(GPT(GPTConfig(tok.vocab_size, 40, 2, 2, 16)))
+    model.transformer.wte.weight[tok.eos] *= 2  # so that some of the responses end
+    model.save(tmp_path, tok)
+
+    texts = ["a", "a drum", " and a penguin", "é"]
+    prompts = [tok.encode(text) for text in texts]
+    tokens, prompt_len, mask = generate.generate(model, prompts, 20, 0, tok.eos, tok.pad)
+    assert mask.sum(1).tolist() == [20, 2, 15, 1]
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
+    for text, row, start, n in zip(texts, tokens.tolist(), prompt_len, mask.sum(1), strict=True):
+        settings = dict(do_sample=False, max_new_tokens=20)
+        [ids] = pipe(text, return_tensors=True, **settings)
+        [words] = pipe(text, return_full_text=False, **settings)
+        assert ids["generated_token_ids"] == row[: start + n]
+        assert words["generated_text"] == tok.decode(row[start : start + n])
+
+
 # --- here and in transformers: tokens ---
 
 

@@ -96,6 +96,7 @@ def save(folder, architecture, config, tensors, **extra):
     """config: the fields of GPTConfig; extra goes into config.json as it is."""
     dropout = config.pop("dropout")
     config = dict(architectures=[architecture], model_type="gpt2", **GPT2, **config,
+                  n_ctx=config["n_positions"],       # its older name, which llama.cpp reads
                   embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=0.0) | extra
     checkpoint.save(folder, config, {name: transposed(name, w) for name, w in tensors.items()})
 
