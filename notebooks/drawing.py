@@ -1,4 +1,5 @@
-"""What only notebooks draw: responses as strips of coloured tokens, guesses beside the truth.
+"""What only notebooks draw: responses as strips of coloured tokens, guesses beside the truth, and
+how often each value occurs.
 
     from notebooks.drawing import plot_guess, strips     with the repository's root on sys.path
 
@@ -10,7 +11,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
-from nanorlhf.support.plotting import COLOURS, GREY, INK, PALE, Picture, tidy
+from nanorlhf.support.plotting import COLOURS, GREY, INK, OTHERS, PALE, Picture, tidy
 
 
 def plot_guess(guess: dict[str, float], truth: dict[str, float]) -> Picture:
@@ -30,6 +31,19 @@ def plot_guess(guess: dict[str, float], truth: dict[str, float]) -> Picture:
         ax.set_xticks((0, 1), ("guess", "truth"), va="baseline")
         ax.tick_params(axis="x", pad=12)
         ax.set_yticks(())
+    return fig
+
+
+def histograms(panels: list[tuple]) -> Picture:
+    """panels: list of (title, what is measured, what is counted, {label: values})"""
+    fig = Picture(figsize=(3.8 * len(panels), 2.7), layout="constrained")
+    axes = fig.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, measured, counted, groups) in zip(axes, panels):
+        edges = np.histogram_bin_edges(np.concatenate([*groups.values()]), 30)
+        for colour, (label, values) in zip(OTHERS, groups.items()):
+            ax.hist(values, edges, color=colour, alpha=0.55, label=label)
+        tidy(ax, title, counted, legend=len(groups) > 1)
+        ax.set_xlabel(measured, fontsize=8, color=GREY)
     return fig
 
 
