@@ -1062,6 +1062,21 @@ MUTANTS = [
     Mutant("half characters in a stream", 0, "nanorlhf/people/chat.py",
            'decoder.decode(self.bytes.get(tokens[-1], b""))', "self.tok.decode(tokens[-1:])",
            "test_chat.py::test_a_character_of_several_tokens_comes_when_it_is_whole"),
+
+    # --- what is wrong with this run? ---
+    Mutant("a doctor who compares a run with runs of other settings", 0,
+           "nanorlhf/experiments/doctor.py",
+           "    if other:\n", "    if False:\n",
+           "test_doctor.py::test_a_broken_rule_is_named_by_its_sentence_and_by_no_other"),
+    Mutant("a doctor who names what left its band last", 0, "nanorlhf/experiments/doctor.py",
+           "= min(left)", "= max(left)",
+           "test_doctor.py::test_the_earliest_counts_and_then_what_comes_first_in_a_round"),
+    Mutant("a doctor who finds a KL below zero in order", 33, "nanorlhf/experiments/doctor.py",
+           "kl_below_zero=n > 3 and", "kl_below_zero=False and",
+           "test_doctor.py::test_a_broken_rule_is_named_by_its_sentence_and_by_no_other"),
+    Mutant("a doctor whose exit status never changes", 0, "nanorlhf/experiments/doctor.py",
+           "unusual |= bool(faults)", "unusual |= False",
+           "test_doctor.py::test_the_command_from_bands_to_a_verdict"),
 ]
 # fmt: on
 
