@@ -141,17 +141,20 @@ def preferences(path):
     for (name,), same in grouped(labels, ["annotator"]).items():
         first = [label["choice"] == label["position"] for label in same]
         pairs = [(label["prompt"], label["chosen"], label["rejected"]) for label in same]
-        signs = [(len(one.split()) - len(other.split()), prompt, one, other)
-                 for prompt, one, other in pairs if len(one.split()) != len(other.split())]
-        longer = [more > 0 for more, *_ in signs]
+        gaps = [len(chosen.split()) - len(rejected.split()) for _, chosen, rejected in pairs]
         better = []
         with suppress(UserError):     # the prompts are not of the built-in world
-            better = [more * (environment.gold(prompt, one) - environment.gold(prompt, other)) > 0
-                      for more, prompt, one, other in signs]
-        shares = ["{:z.2f} [{:z.2f}, {:z.2f}]".format(sum(xs) / len(xs), *interval(sum(xs), len(xs)))
-                  if xs else "unknown" for xs in (first, longer, better)]
-        lines.append([name, len(same), *shares])
+            better = [gap * (environment.gold(p, chosen) - environment.gold(p, rejected)) > 0
+                      for gap, (p, chosen, rejected) in zip(gaps, pairs, strict=True) if gap]
+        lines.append([name, len(same), *map(share, (first, [g > 0 for g in gaps if g], better))])
     return lines
+
+
+def share(flags):
+    if not flags:
+        return "unknown"
+    low, high = interval(sum(flags), len(flags))
+    return f"{sum(flags) / len(flags):.2f} [{low:z.2f}, {high:z.2f}]"
 
 
 if __name__ == "__main__":
