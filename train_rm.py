@@ -3,6 +3,7 @@
     python train_rm.py                                      the built-in world
     python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
 """
+import itertools
 import random
 
 from nanorlhf import environment, reward
@@ -45,8 +46,9 @@ def main(cfg):
     metrics, margin = reward.report(reward.by_model(model), held_out, tok.pad, device, cfg.dtype)
     table = calibration(margin)
     metrics["calibration_error"] = sum(n * abs(said - was) for said, was, n in table) / len(margin)
-    prompts = data.encode_prompts(held_out_prompts(cfg.data, 256, cfg.seed), tok,
-                                  sft.config.n_positions - cfg.max_new_tokens, data.Counter())
+    prompts = itertools.islice(itertools.cycle(held_out_prompts(cfg.data, 256, cfg.seed)), 256)
+    prompts = data.encode_prompts(prompts, tok, sft.config.n_positions - cfg.max_new_tokens,
+                                  data.Counter())
     rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, dtype=cfg.dtype,
                          batch_size=cfg.micro_batch_size)
     mean, std = reward.normalise(model, rows, tok.pad, cfg.dtype)

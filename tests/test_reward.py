@@ -111,6 +111,14 @@ def test_by_prompt_keeps_each_response_once():
     ]
 
 
+def test_a_prompt_of_many_pairs_fills_several_groups():
+    """Files may have one prompt for all pairs; in one group they would all be in one batch."""
+    pairs = [(([1, 2, n], 2), ([1, 2, n + 1], 2)) for n in range(3, 22)]
+    groups = by_prompt([*pairs, (D, ([3, 10], 1))])
+    assert [len(compared) for _, compared in groups] == [8, 8, 3, 1]
+    assert [(rows[i], rows[j]) for rows, compared in groups for i, j in compared][:19] == pairs
+
+
 def test_the_same_tokens_after_another_prompt_are_another_response():
     """[1 | 2 5] and [1 2 | 5] hold the same tokens, and begin elsewhere."""
     assert len(by_prompt([(A, B), (([1, 2, 5], 1), ([1, 4], 1))])) == 2

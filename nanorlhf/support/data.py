@@ -136,12 +136,15 @@ def from_files(paths, tok, block_size):
     return sides
 
 
-def by_prompt(pairs):
-    """Pairs of rows (chosen, rejected) -> groups, each response once"""
-    groups = {}
+def by_prompt(pairs, most=8):
+    """Pairs of rows (chosen, rejected) -> groups of at most so many pairs, each response once.
+    Where all pairs have the same prompt, they would otherwise all be in one batch."""
+    groups, seen = {}, Counter()
     for pair in pairs:
         tokens, prompt_len = pair[0]
-        rows, compared = groups.setdefault(tuple(tokens[:prompt_len]), ({}, []))
+        prompt = tuple(tokens[:prompt_len])
+        rows, compared = groups.setdefault((prompt, seen[prompt] // most), ({}, []))
+        seen[prompt] += 1
         compared.append(tuple(rows.setdefault((tuple(t), n), len(rows)) for t, n in pair))
     return [([(list(t), n) for t, n in rows], compared) for rows, compared in groups.values()]
 
