@@ -110,7 +110,8 @@ def test_every_change_costs_a_fair_judge_what_it_costs_in_true_reward(described,
 
 
 def test_a_judge_who_does_not_read_the_request_is_told(described):
-    found = described(lambda _, answer: gold(prompts(1)[0], answer))
+    [prompt] = prompts(1)
+    found = described(lambda _, answer: gold(prompt, answer))
     for slot in environment.ASKED:
         assert found[f"another {slot} asked for"] == near(0, 0, 0)
 
