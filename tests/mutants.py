@@ -1077,6 +1077,24 @@ MUTANTS = [
     Mutant("a doctor whose exit status never changes", 0, "nanorlhf/experiments/doctor.py",
            "unusual |= bool(faults)", "unusual |= False",
            "test_doctor.py::test_the_command_from_bands_to_a_verdict"),
+
+    # --- what else is rewarded, and which pairs are labelled ---
+    Mutant("the worth of a word in the score's own unit", 0, "nanorlhf/experiments/bias.py",
+           "margins, rcond=None)[0] / unit, unit", "margins, rcond=None)[0], unit",
+           "test_bias.py::test_weights_are_in_points_whatever_the_scale_of_the_score"),
+    Mutant("an interval that forgets how many pairs there were", 0, "nanorlhf/experiments/bias.py",
+           "rng.integers(n, size=n)", "rng.integers(n, size=n // 4)",
+           "test_bias.py::test_the_bootstrap_of_a_mean_is_the_interval_of_the_textbook"),
+    Mutant("position taken for choice", 0, "nanorlhf/experiments/bias.py",
+           'label["choice"] == label["position"]', 'label["choice"] == "first"',
+           "test_bias.py::test_position_and_length_are_counted_for_each_annotator"),
+    Mutant("pairs on which the models agree are shown", 0, "nanorlhf/people/label.py",
+           "disagreement(torch.stack(margins)).argsort(descending=True)",
+           "disagreement(torch.stack(margins)).argsort()",
+           "test_active.py::test_the_page_shows_the_pairs_that_reward_models_dispute"),
+    Mutant("a study that labels what the models agree on", 0, "nanorlhf/experiments/active.py",
+           "disputed.argsort(descending=True)", "disputed.argsort()",
+           "test_active.py::test_the_pairs_of_largest_disagreement_are_labelled_next"),
 ]
 # fmt: on
 

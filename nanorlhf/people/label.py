@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from nanorlhf import environment
+import torch
+
+from nanorlhf import environment, reward
 from nanorlhf.evaluate import held_out_prompts
 from nanorlhf.generate import generate_texts
 from nanorlhf.model import load_policy
@@ -29,6 +31,7 @@ from nanorlhf.support.config import run, setup
 from nanorlhf.support.formats import read_records
 from nanorlhf.support.labels import append, ready, summary
 from nanorlhf.support.runlog import printable
+from nanorlhf.support.stats import disagreement
 
 KEYS = {"1": "left", "2": "right", "3": "tie", "4": "both bad", "s": "skip", "u": "undo"}
 MENU = "1 first  2 second  3 tie  4 both bad  s skip  u undo  q quit: "
@@ -41,6 +44,7 @@ class LabelConfig(PageConfig):
     against: str = ""                 # another model, which then writes one answer of each pair
     data: list[str] = field(default_factory=list)  # files of prompts; none: the built-in world
     prompts: int = 100                # how many pairs: one a prompt, and some come back once
+    active: list[str] = field(default_factory=list)  # reward models: show where they differ most
     out: str = "out/labels.jsonl"     # the file of labels, which grows
     annotator: str = "me"             # who chooses; stands in each label
     terminal: bool = False            # ask in the terminal
@@ -48,10 +52,13 @@ class LabelConfig(PageConfig):
 
 def make_pairs(cfg, device):
     """Two answers to each prompt. -> list of {"id", "prompt", "first", "second"}"""
+    if cfg.active and (cfg.against or len(cfg.active) < 2):
+        raise UserError("--active: expected two reward models or more, and no --against, as a win "
+                        f"rate needs pairs chosen at random; came {' '.join(cfg.active)}")
+    n = 10 * cfg.prompts if cfg.active else cfg.prompts
     # Two models are compared on prompts that neither has seen.
-    prompts = (held_out_prompts(cfg.data, cfg.prompts, cfg.seed) if cfg.against else
-               data.prompts(cfg.data)[0][:cfg.prompts] if cfg.data else
-               environment.prompts(cfg.prompts, cfg.seed))
+    prompts = (held_out_prompts(cfg.data, n, cfg.seed) if cfg.against else
+               data.prompts(cfg.data)[0][:n] if cfg.data else environment.prompts(n, cfg.seed))
     columns = [prompts]
     for number, name in enumerate((cfg.policy, cfg.against or cfg.policy)):
         model, tok = load_policy(name, device)
@@ -65,7 +72,19 @@ def make_pairs(cfg, device):
     if not pairs:
         raise UserError("expected answers that differ, came the same twice to every prompt: try a "
                         "higher --temperature")
-    return pairs
+    return most_disputed(pairs, cfg, model, tok) if cfg.active else pairs
+
+
+def most_disputed(pairs, cfg, policy, tok):
+    """The tenth of the pairs on which the reward models in cfg.active differ most."""
+    records = [dict(prompt=p["prompt"], chosen=p["first"], rejected=p["second"]) for p in pairs]
+    rows = data.encode_pairs(records, tok, policy.config.n_positions, data.Counter())
+    groups = [(two, [(0, 1)]) for two in rows]
+    judges = [reward.by_model(reward.load_for(name, policy, tok)) for name in cfg.active]
+    margins = [reward.report(judge, groups, tok.pad, policy.device, "float32")[1]
+               for judge in judges]
+    disputed = disagreement(torch.stack(margins)).argsort(descending=True)
+    return [pairs[i] for i in disputed[:cfg.prompts]]
 
 
 def make_showings(pairs, annotator):

@@ -78,8 +78,9 @@ def small_multiples(panels):
     return fig
 
 
-def clouds(panels):
-    """panels: list of (title, {label: [[(KL, y) of a run, ...] of a setting, ...]}): dots, means"""
+def clouds(panels, x="KL to the SFT model, nats a response",
+           ticks=(0, 0.5, 2, 5, 10, 20, 40, 80, 160)):
+    """panels: list of (title, {label: [[(x, y) of a run, ...] of a setting, ...]}): dots, means"""
     fig = Picture(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for ax, (title, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
         for other, (label, settings) in zip(cycle(OTHERS), lines.items()):
@@ -90,8 +91,8 @@ def clouds(panels):
         tidy(ax, title, "", legend=True)
         end = ax.get_xlim()[1]  # the root of the KL shows how far a policy has moved
         ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-        ax.set(xlim=(0, end), xticks=[x for x in (0, 0.5, 2, 5, 10, 20, 40, 80, 160) if x <= end])
-        ax.set_xlabel("KL to the SFT model, nats a response", fontsize=8, color=GREY)
+        ax.set(xlim=(0, end), xticks=[tick for tick in ticks if tick <= end])
+        ax.set_xlabel(x, fontsize=8, color=GREY)
     return fig
 
 

@@ -27,6 +27,13 @@ def accuracy_of(margin):
     return (1 + margin.sign()).mean() / 2
 
 
+def disagreement(margins):
+    """How far models differ on pairs: the deviation over them of P(the first answer is better), as
+    in Christiano et al. 2017, section 2.2.4. margins: score of first - second, (models, B) -> (B,)
+    """
+    return margins.sigmoid().std(0)
+
+
 def standardise(scores):
     """Shift and scale a tensor to mean 0, deviation 1 -> floats. In float32 equal scores would
     differ from their mean by a last digit, and become about 1."""
