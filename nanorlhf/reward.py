@@ -44,6 +44,7 @@ class RMConfig(ComparisonConfig):
     init: str = ""                    # a reward model whose head goes on learning; none: a new one
     annotator: str = ""               # of files of labels, this person's alone; none: everyone's
     head: Literal["auto", *HEADS] = "auto"  # see model.py: ReadingGPT, ScalarGPT; auto: the first
+    steps: int = 0                    # updates; 0: one pass over the data, and at least 100
     learning_rate: float = 4e-4       # peak, after the warm-up; falls in a straight line to zero
     weight_decay: float = 0.01        # on every weight
 
