@@ -3,7 +3,7 @@
     python train_rm.py                                      the built-in world
     python train_rm.py --data hh.jsonl.gz --sft out/hh-sft --out out/hh-rm
 """
-import itertools
+import math
 import random
 
 from nanorlhf import environment, reward
@@ -25,7 +25,7 @@ def main(cfg):
     device = setup(cfg)
     sft, tok = load_policy(cfg.sft, device)
     if cfg.data:
-        groups, held_out = from_files(cfg.data, tok, sft.config.n_positions)
+        groups, held_out = from_files(cfg.data, tok, sft.config.n_positions, cfg.annotator)
     open_run(cfg.out, cfg, cfg.resume, cfg.overwrite)
     log = RunLog(cfg.out, columns=("loss", "accuracy", "margin", "lr"), decode=tok.decode)
 
@@ -36,7 +36,7 @@ def main(cfg):
     print(f"pairs     {pairs_in(groups):,} comparisons of {sum(len(g) for g, _ in groups):,}"
           f" responses; {pairs_in(held_out):,} held out")
 
-    model = reward.new_model(cfg, tok).to(device)
+    model = reward.new_model(cfg, sft, tok)
     print(f"model     {model}, on {named(device, cfg.dtype)}")
     compile_trunks(cfg.compile, model)
     summary |= reward.train(model, groups, tok.pad, cfg, log)
@@ -46,11 +46,11 @@ def main(cfg):
     metrics, margin = reward.report(reward.by_model(model), held_out, tok.pad, device, cfg.dtype)
     table = calibration(margin)
     metrics["calibration_error"] = sum(n * abs(said - was) for said, was, n in table) / len(margin)
-    prompts = itertools.islice(itertools.cycle(held_out_prompts(cfg.data, 256, cfg.seed)), 256)
-    prompts = data.encode_prompts(prompts, tok, sft.config.n_positions - cfg.max_new_tokens,
-                                  data.Counter())
-    rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, dtype=cfg.dtype,
-                         batch_size=cfg.micro_batch_size)
+    prompts = data.encode_prompts(held_out_prompts(cfg.data, 256, cfg.seed), tok,
+                                  sft.config.n_positions - cfg.max_new_tokens, data.Counter())
+    G = math.ceil(256 / len(prompts))         # small files hold few prompts back, or just one
+    rows = generate_rows(sft, prompts, cfg.max_new_tokens, tok.eos, tok.pad, G=G, dtype=cfg.dtype,
+                         batch_size=cfg.micro_batch_size * G)
     mean, std = reward.normalise(model, rows, tok.pad, cfg.dtype)
     if not cfg.data:
         metrics |= reads_request(model, tok, 400, cfg.seed)

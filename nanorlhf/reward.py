@@ -5,7 +5,7 @@ last token of the response. It learns in one pass (Ouyang et al. 2022, section 3
 """
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,9 @@ from nanorlhf.support import UserError, data, loop, user_code
 from nanorlhf.support.config import SampleConfig
 from nanorlhf.support.data import collate, flatten, in_parts, pairs_in, rows_of, score_rows
 from nanorlhf.support.stats import accuracy_of, interval
+
+FEWEST = 100             # updates by default; with fewer the model would stay close to its start
+HEADS = dict(reading=ReadingGPT, scalar=ScalarGPT)
 
 
 @dataclass
@@ -38,7 +41,10 @@ class ComparisonConfig(SampleConfig):
 class RMConfig(ComparisonConfig):
     """Learn from comparisons how good a response is."""
     out: str = "out/rm"               # the run folder
-    head: Literal["reading", "scalar"] = "reading"  # see model.py: ReadingGPT, ScalarGPT
+    init: str = ""                    # a reward model whose head goes on learning; none: a new one
+    annotator: str = ""               # of files of labels, this person's alone; none: everyone's
+    head: Literal["auto", *HEADS] = "auto"  # see model.py: ReadingGPT, ScalarGPT; auto: the first
+    steps: int = 0                    # updates; 0: one pass over the data, and at least 100
     learning_rate: float = 4e-4       # peak, after the warm-up; falls in a straight line to zero
     weight_decay: float = 0.01        # on every weight
 
@@ -89,17 +95,30 @@ def compare_samples(sft: GPT, tok, n: int, k: int, cfg: ComparisonConfig, held_o
     return groups, sum(ceilings) / len(ceilings)
 
 
-def new_model(cfg: RMConfig, tok) -> ScalarGPT:
-    """The SFT model's trunk with a new head."""
-    kind = dict(reading=ReadingGPT, scalar=ScalarGPT)[cfg.head]
-    return kind.load(cfg.sft).resize_vocab(tok.vocab_size)
+def new_model(cfg: RMConfig, sft: GPT, tok) -> ScalarGPT:
+    """What training starts from: the reward model that --init names, or the SFT model's trunk with
+    a new head. Raises UserError where --head names another one than the folder has."""
+    if not cfg.init:
+        kind = HEADS["reading" if cfg.head == "auto" else cfg.head]
+        return kind.load(cfg.sft).resize_vocab(tok.vocab_size).to(sft.device)
+    model = load_for(cfg.init, sft, tok)
+    if cfg.head != "auto" and type(model) is not HEADS[cfg.head]:
+        raise UserError(f"--head: expected that of {cfg.init}, or none, came {cfg.head}")
+    return model
 
 
 def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
-    """One pass over the comparisons; the model learns in place. -> summary"""
-    # The scalar head is new and has far to go: ten times the rate for it.
-    rest = [p for name, p in model.named_parameters() if name != "score.weight"]
-    weights = [dict(params=[model.score.weight], lr=10 * cfg.learning_rate), dict(params=rest)]
+    """One pass over the comparisons, and more where they are few; the model learns in place.
+    -> summary"""
+    steps = cfg.steps or max(FEWEST, math.ceil(len(groups) / cfg.batch_size))
+    # The scalar head is new and has far to go: ten times the rate for it. With --init the whole
+    # head learns at this rate and the trunk stays, which would learn few labels by heart.
+    rest = dict(model.named_parameters())
+    fast = [rest.pop(name) for name in [*rest]
+            if name == "score.weight" or cfg.init and not name.startswith("transformer.")]
+    model.transformer.requires_grad_(not cfg.init)
+    weights = [dict(params=fast, lr=10 * cfg.learning_rate),
+               dict(params=[] if cfg.init else [*rest.values()])]
     optimizer = loop.adamw(weights, cfg.learning_rate, cfg.weight_decay)
     parts, state = dict(model=model, optimizer=optimizer), dict(step=0, tokens=0)
 
@@ -110,7 +129,8 @@ def train(model: ScalarGPT, groups: list, pad: int, cfg: RMConfig, log) -> dict:
         margin = scores[chosen] - scores[rejected]
         return loss, dict(loss=loss, accuracy=accuracy_of(margin), margin=margin.mean())
 
-    for batch in loop.batches(groups, parts, loop.linear, cfg, log, state, rows_of):
+    for batch in loop.batches(groups, parts, loop.linear, replace(cfg, steps=steps), log, state,
+                              rows_of):
         model.train()
         log.write(state["step"], **loop.step(loss_fn, batch, pairs_in, parts, cfg))
     model.eval()

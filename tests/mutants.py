@@ -566,7 +566,7 @@ MUTANTS = [
            "test_scripts.py"
            "::test_the_micro_batch_size_bounds_what_the_reward_model_samples_and_changes_no_result"),
     Mutant("samples to normalise by, all at once", 0, "train_rm.py",
-           ",\n                         batch_size=cfg.micro_batch_size)", ")",
+           ",\n                         batch_size=cfg.micro_batch_size * G)", ")",
            "test_scripts.py"
            "::test_the_micro_batch_size_bounds_what_the_reward_model_samples_and_changes_no_result"),
     Mutant("a reward model whose every micro-batch weighs the same", 28, "nanorlhf/reward.py",
@@ -1026,7 +1026,7 @@ MUTANTS = [
            'labels.pop(str(fields["showing"]), None)', 'labels.get(str(fields["showing"]), None)',
            "test_label.py::test_both_readers_take_the_file_as_it_is"),
     Mutant("a pair that was shown twice and counts twice", 0, "nanorlhf/support/labels.py",
-           'elif fields.get("repeat"):', "elif False:",
+           'elif fields.get("repeat") and not repeats:', "elif False:",
            "test_label.py::test_some_pairs_come_back_ten_pairs_later_and_count_for_self_agreement_alone"),
 
     # --- how fast is it? ---
@@ -1095,6 +1095,25 @@ MUTANTS = [
     Mutant("a study that labels what the models agree on", 0, "nanorlhf/experiments/active.py",
            "disputed.argsort(descending=True)", "disputed.argsort()",
            "test_active.py::test_the_pairs_of_largest_disagreement_are_labelled_next"),
+
+    # --- from a person's labels to that person's model ---
+    Mutant("a reward model that begins anew", 0, "nanorlhf/reward.py",
+           "if not cfg.init:", "if True:",
+           "test_taste.py::test_it_starts_from_the_weights_of_the_folder"),
+    Mutant("a model of everyone's labels", 0, "train_rm.py",
+           "sft.config.n_positions, cfg.annotator)", "sft.config.n_positions)",
+           "test_taste.py::test_the_program_learns_from_one_persons_labels"),
+    Mutant("few labels that are seen once", 0, "nanorlhf/reward.py",
+           "max(FEWEST, math.ceil", "max(1, math.ceil",
+           "test_taste.py::test_the_program_learns_from_one_persons_labels"),
+    Mutant("kappa by another chance", 0, "nanorlhf/support/stats.py",
+           "for choice, k in Counter(first).items()) / n**2",
+           "for choice, k in counts.items()) / n**2",
+           "test_taste.py::test_what_is_alike_by_chance_is_what_strangers_agree_on"),
+    Mutant("agreement with labels that were taken back", 0, "nanorlhf/people/agreement.py",
+           "in standing(records, Counter(), repeats=True):",
+           'in (r for r in records if r[1].get("choice") not in ("undo", "skip")):',
+           "test_taste.py::test_an_undone_label_agrees_with_nobody"),
 ]
 # fmt: on
 

@@ -155,6 +155,7 @@ def test_each_comparison_is_seen_once_at_a_rate_that_falls_to_zero(monkeypatch):
     groups = [([a, b], [(0, 1)]) for a, b in pairs]
     monkeypatch.setattr(loop, "step", lambda f, batch, *a: seen.extend(batch) or real(f, batch, *a))
     cfg, log = RMConfig(device="cpu", dtype="float32", batch_size=4, learning_rate=1e-3), Notes()
+    monkeypatch.setattr(reward, "FEWEST", 1)  # only fewer are seen several times
     reward.train(ScalarGPT(TINY), groups, PAD, cfg, log)
     assert sorted(seen) == sorted(groups)  # one pass
     rates = [row["lr"] for row in log.rows]  # of the trunk; the head's is ten times that

@@ -61,12 +61,11 @@ def run_both(cfg, labels, likes_length, seed):
 def train_reward_model(cfg, labels, likes_length, seed):
     """A reward model from so many comparisons, saved in cfg.rm."""
     prompts = -(-labels // 6)            # four responses to each, and six comparisons of them
-    # Few comparisons are seen several times, or the head would stay close to its random start.
     stage = reward.RMConfig(sft=cfg.sft, likes_length=likes_length, seed=seed, device=cfg.device,
-                            dtype=cfg.dtype, steps=max(100, -(-prompts // 4)))
+                            dtype=cfg.dtype)
     sft, tok = load_policy(cfg.sft, setup(stage))
     groups, _ = reward.compare_samples(sft, tok, prompts, 4, stage, held_out=False)
-    model = reward.new_model(stage, tok).to(sft.device)
+    model = reward.new_model(stage, sft, tok)
     reward.train(model, groups, tok.pad, stage, RunLog())
     prompts = [tok.encode(p) for p in environment.prompts(256, seed)]
     rows = generate_rows(sft, prompts, 80, tok.eos, tok.pad, dtype=cfg.dtype)

@@ -1,7 +1,7 @@
 """Choose between two answers, pair by pair, in a browser: the human in human feedback.
 
     python -m nanorlhf.people.label --policy out/sft       choices to learn from; then
-    python train_rm.py --data out/labels.jsonl --out out/my-rm
+    python train_rm.py --data out/labels.jsonl --init out/rm --out out/my-rm
 
     python -m nanorlhf.people.label --policy out/ppo --against out/sft --out out/arena.jsonl
     python -m nanorlhf.evaluate --judge out/arena.jsonl    says which of the two models is better

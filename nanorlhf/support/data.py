@@ -23,9 +23,9 @@ def demonstrations(paths):
     return [{"prompt": prompt, "response": answer} for [(prompt, answer)] in kept], counts
 
 
-def preferences(paths):
-    """-> list of {"prompt", "chosen", "rejected"}, counts"""
-    kept, counts = collect(paths, 2)
+def preferences(paths, annotator=""):
+    """-> list of {"prompt", "chosen", "rejected"}, counts. annotator: only this person's labels"""
+    kept, counts = collect(paths, 2, annotator)
     return [{"prompt": p, "chosen": c, "rejected": r} for (p, c), (_, r) in kept], counts
 
 
@@ -38,11 +38,14 @@ def prompts(paths):
     return distinct, counts
 
 
-def collect(paths, answers):
+def collect(paths, answers, annotator=""):
     """Records that must have 0, 1 or 2 answers -> list of their (prompt, answer) pairs, counts"""
     kept, counts = [], Counter()
     for path in paths:
         for where, fields in standing(read_records(path), counts):
+            if annotator and fields.get("annotator") != annotator:
+                counts["others' labels"] += 1
+                continue
             if answers and fields.get("choice") in ("tie", "both bad"):
                 counts["ties"] += 1
                 continue
@@ -61,7 +64,8 @@ def collect(paths, answers):
     counts["records"] = len(kept)
     if not kept:
         names = ", ".join(map(str, paths))
-        raise UserError(f"{names}: expected a record that is of use, came {describe(counts)}")
+        what = "a record" + f" of {annotator}" * bool(annotator)
+        raise UserError(f"{names}: expected {what} that is of use, came {describe(counts)}")
     return kept, counts
 
 
@@ -127,9 +131,9 @@ def encode_prompts(prompts, tokenizer, longest, counts):
 # A group is (rows, pairs): the rows of a prompt, and pairs of indices into them, the chosen first.
 # So all pairs of a prompt share a batch (Ouyang et al. 2022, section 3.5).
 
-def from_files(paths, tok, block_size):
+def from_files(paths, tok, block_size, annotator=""):
     """Comparisons that people made, of files. -> groups to learn from, held-out groups"""
-    records, counts = preferences(paths)
+    records, counts = preferences(paths, annotator)
     sides = [by_prompt(encode_pairs(side, tok, block_size, counts))
              for side in split(records)]
     print(f"data      {describe(counts)}")

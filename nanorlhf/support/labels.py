@@ -19,9 +19,10 @@ from nanorlhf.support import UserError
 CHOICES = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5), "both bad": (0.5, 0.5)}
 
 
-def standing(records, counts):
+def standing(records, counts, repeats=False):
     """Yield, of records ("path:line", object), all but labels that say nothing new: undone, skips,
-    and those of pairs shown again. A showing has one label, the last."""
+    and, unless repeats are wanted, those of pairs shown again. A showing has one label, the last.
+    """
     labels = {}
     for where, fields in records:
         if "showing" not in fields:
@@ -33,7 +34,7 @@ def standing(records, counts):
     for where, fields in labels.values():
         if fields.get("choice") == "skip":
             counts["skips"] += 1
-        elif fields.get("repeat"):
+        elif fields.get("repeat") and not repeats:
             counts["repeated labels"] += 1
         else:
             yield where, fields

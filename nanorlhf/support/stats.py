@@ -1,5 +1,6 @@
 """Small statistics."""
 import math
+import operator
 from collections import Counter
 
 
@@ -14,6 +15,20 @@ def win_rate(scores, against):
     """Share of pairs in which the first scores higher; a tie is half a win. -> rate, low, high"""
     wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(scores, against, strict=True))
     return wins / len(scores), *interval(wins, len(scores))
+
+
+def kappa(first, second):
+    """Cohen's kappa of two lists of choices between the same things (Cohen 1960): (p - e) / (1 - e)
+    with p the share that is alike, and e what it would be by chance, as each list has its choices
+    in its own proportions. NaN where e is 1, as both always chose the same. -> kappa, low, high
+
+    The interval is the one of p, with e taken as known.
+    """
+    n, counts = len(first), Counter(second)
+    e = sum(k * counts[choice] for choice, k in Counter(first).items()) / n**2
+    alike = sum(map(operator.eq, first, second))
+    return tuple((p - e) / (1 - e) if e < 1 else math.nan
+                 for p in (alike / n, *interval(alike, n)))
 
 
 def distinct(texts, n):
