@@ -73,7 +73,7 @@ def label_in_rounds(cfg, seed):
     truth, known = (margins(reward.true_reward(tok), groups) for groups in (held_out, pool))
     order = random.Random(seed).sample(range(len(pool)), len(pool))
     first = order[:LABELS[0]]
-    start = train_ensemble([pool[i] for i in first], stage, tok, sft.device)
+    start = train_ensemble([pool[i] for i in first], stage, sft, tok)
     for rule in RULES:
         labelled, models = first, start
         for n in LABELS:
@@ -83,7 +83,7 @@ def label_in_rounds(cfg, seed):
                     disputed = disagreement(ensemble_margins(models, [pool[i] for i in rest]))
                     rest = [rest[i] for i in disputed.argsort(descending=True)]
                 labelled = labelled + rest[:n - len(labelled)]
-                models = train_ensemble([pool[i] for i in labelled], stage, tok, sft.device)
+                models = train_ensemble([pool[i] for i in labelled], stage, sft, tok)
             margin = ensemble_margins(models, held_out).mean(0)
             yield dict(rule=rule, labels=n, seed=seed, ceiling=ceiling,
                        accuracy=accuracy_of((margin * truth)[truth != 0]).item(),
@@ -91,13 +91,13 @@ def label_in_rounds(cfg, seed):
                        right_labels=accuracy_of(known[labelled]).item())
 
 
-def train_ensemble(groups, stage, tok, device):
+def train_ensemble(groups, stage, sft, tok):
     """Reward models that learn from the same pairs, each in an order of its own."""
     models, one_pass = [], -(-len(groups) // stage.batch_size)
     for number in range(MODELS):
         stage = replace(stage, seed=1000 * number + stage.seed, steps=max(stage.steps, one_pass))
         setup(stage)
-        models.append(reward.new_model(stage, tok).to(device))
+        models.append(reward.new_model(stage, sft, tok))
         reward.train(models[-1], groups, tok.pad, stage, RunLog())
     return models
 
