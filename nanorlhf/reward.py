@@ -43,9 +43,7 @@ class RMConfig(ComparisonConfig):
     out: str = "out/rm"               # the run folder
     init: str = ""                    # a reward model whose head goes on learning; none: a new one
     annotator: str = ""               # of files of labels, this person's alone; none: everyone's
-    # See model.py: ReadingGPT, ScalarGPT. auto: reading in the built-in world, scalar for files, as
-    # few comparisons leave the reading head near the language model's own probabilities.
-    head: Literal["auto", *HEADS] = "auto"
+    head: Literal["auto", *HEADS] = "auto"  # of model.py; auto: reading; for files: scalar
     steps: int = 0                    # updates; 0: one pass over the data, and at least 100
     learning_rate: float = 4e-4       # peak, after the warm-up; falls in a straight line to zero
     weight_decay: float = 0.01        # on every weight
@@ -101,6 +99,7 @@ def new_model(cfg: RMConfig, sft: GPT, tok) -> ScalarGPT:
     """What training starts from: the reward model that --init names, or the SFT model's trunk with
     a new head. Raises UserError where --head names another one than the folder has."""
     if not cfg.init:
+        # Few comparisons leave the reading head near what the language model finds likely.
         auto = "scalar" if cfg.data else "reading"
         kind = HEADS[auto if cfg.head == "auto" else cfg.head]
         return kind.load(cfg.sft).resize_vocab(tok.vocab_size).to(sft.device)

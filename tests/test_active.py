@@ -9,7 +9,7 @@ import torch
 
 from nanorlhf import environment, reward, tokenizer
 from nanorlhf.experiments import active, study
-from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.model import GPT, GPTConfig, load_policy
 from nanorlhf.people import label
 from nanorlhf.people.label import LabelConfig
 from nanorlhf.support import UserError, user_code
@@ -120,11 +120,11 @@ def test_the_pairs_of_largest_disagreement_are_labelled_next(small, start, monke
 
 def test_the_members_of_an_ensemble_differ(small, start):
     stage = reward.RMConfig(sft=start, steps=3, batch_size=2, device="cpu", dtype="float32")
-    tok, device = tokenizer.load(start), torch.device("cpu")
+    sft, tok = load_policy(start, torch.device("cpu"))
     groups = [([([1, 2, 3 + i], 1), ([1, 4], 1)], [(0, 1)]) for i in range(8)]
-    one, other = active.train_ensemble(groups, stage, tok, device)
+    one, other = active.train_ensemble(groups, stage, sft, tok)
     assert not torch.equal(one.score.weight, other.score.weight)
-    again, _ = active.train_ensemble(groups, stage, tok, device)
+    again, _ = active.train_ensemble(groups, stage, sft, tok)
     assert torch.equal(one.score.weight, again.score.weight)
 
 

@@ -146,6 +146,9 @@ def test_help_shows_the_fields_of_the_class_first_and_every_comment_of_its_bases
     text = capsys.readouterr().out
     flags = re.findall("^  --([a-z-]+)", text, re.MULTILINE)
     names = [flag.replace("-", "_") for flag in flags]
+    if place := getattr(cls, "POSITIONAL", None):  # stands alone: chat out/ppo
+        assert f"\n  {place} " in text
+        names.insert(0, place)
     own = list(cls.__annotations__)
     assert names[: len(own)] == own
     assert sorted(names) == sorted(f.name for f in dataclasses.fields(cls))
@@ -174,7 +177,7 @@ def test_a_comment_of_a_class_takes_the_place_of_the_one_of_its_base(capsys):
 
 def test_every_number_has_its_range_and_its_default_lies_within(cls):
     numbers = {f.name for f in dataclasses.fields(cls) if f.type in (int, float)}
-    assert numbers <= config.RANGES.keys()
+    assert numbers <= config.RANGES.keys() | getattr(cls, "RANGES", {}).keys()
     assert parse(cls, []) == cls()
 
 

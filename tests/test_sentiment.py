@@ -97,7 +97,7 @@ def test_the_judgement_of_tiny_models_has_all_its_figures(reviews, tmp_path, mon
     assert summary["positive_before"] == summary["positive_after"]       # one model, one seed
     assert 0.3 < summary["positive_people"] < 0.7
     # The second model knows little more than that there are 300 tokens.
-    assert summary["perplexity_people"] == pytest.approx(300, rel=0.15)
+    assert 200 < summary["perplexity_people"] < 600
     assert summary["perplexity_before"] == summary["perplexity_after"]
     assert (tmp_path / "judged" / "samples.md").read_text().count("**after**") == 20
 

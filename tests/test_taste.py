@@ -226,7 +226,7 @@ def test_two_labels_are_few_and_end_without_a_warning(start, tmp_path):
 def test_with_init_the_trunk_stays_and_the_whole_head_learns(start):
     sft, tok = GPT.load(start / "sft"), tokenizer.load(start / "sft")
     groups, _ = data.from_files([f"{start}/labels.jsonl"], tok, 192, "anna")
-    for cfg in config(start), config(start, init=""):
+    for cfg in config(start), config(start, init="", head="reading"):
         model = reward.new_model(cfg, sft, tok)
         before = {name: w.clone() for name, w in model.named_parameters()}
         reward.train(model, groups, tok.pad, dataclasses.replace(cfg, steps=3), RunLog())

@@ -21,7 +21,7 @@ from nanorlhf import environment
 from nanorlhf.experiments import study
 from nanorlhf.generate import generate_texts
 from nanorlhf.model import load_policy
-from nanorlhf.people import label
+from nanorlhf.people import label, page
 from nanorlhf.ppo import PPOConfig
 from nanorlhf.reward import RMConfig
 from nanorlhf.support.config import setup
@@ -67,14 +67,14 @@ def click(cfg):
 
     rng, judge = random.Random(f"{cfg.annotator} {cfg.seed}"), environment.Annotator(0.45)
     labels = label.Labels(cfg, label.make_pairs(cfg, setup(cfg)))
-    with label.make_server(labels, port=0) as server:
+    with page.make_server(None, label.actions(labels), port=0) as server:
         threading.Thread(target=server.serve_forever).start()
-        page, kind = f"http://127.0.0.1:{server.server_port}", {"Content-Type": "application/json"}
-        state = json.load(urlopen(f"{page}/state"))
+        url, kind = f"http://127.0.0.1:{server.server_port}", {"Content-Type": "application/json"}
+        state = json.load(urlopen(f"{url}/state"))
         while "showing" in state:
             p = judge.prefers_first(worth(state["left"]) - worth(state["right"]))
             said = dict(showing=state["showing"], choice="left" if rng.random() < p else "right")
-            state = json.load(urlopen(Request(f"{page}/choose", json.dumps(said).encode(), kind)))
+            state = json.load(urlopen(Request(f"{url}/choose", json.dumps(said).encode(), kind)))
         server.shutdown()
 
 
