@@ -178,11 +178,11 @@ def test_a_phase_is_the_first_round_or_the_mean_of_five():
     assert phases(np.arange(5.0)) == [0]
 
 
-def test_bands_reach_twice_as_far_again_as_the_healthy_runs_differ(tmp_path):
+def test_bands_reach_three_times_as_far_again_as_the_healthy_runs_differ(tmp_path):
     logs = [dict(score=np.array([x, 0, 0, 0, 0, 10 * x])) for x in (0.0, 1.0)]
     bands = make_bands([write(tmp_path / str(i), log) for i, log in enumerate(logs)])
     assert bands["runs"] == 2
-    assert np.allclose(bands["bands"]["score"], [[-3.02, 4.02], [-4.02, 6.02]])
+    assert np.allclose(bands["bands"]["score"], [[-4.52, 5.52], [-6.02, 8.02]])
 
 
 def test_no_meaning_is_missing():

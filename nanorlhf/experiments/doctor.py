@@ -130,16 +130,16 @@ def phases(values):
 
 
 def make_bands(folders):
-    """The bands of healthy runs of equal settings, from the least to the greatest number, and twice
-    as much again on either side. -> dict(settings, runs, bands={name: [[low, high] of a phase]})"""
+    """The bands of healthy runs of equal settings, from the least to the greatest number, and three
+    times as much on either side. -> dict(settings, runs, bands={name: [[low, high] of a phase]})"""
     settings, logs, bands = settings_of(folders[0]), [read(folder) for folder in folders], {}
     for name in [name for name in ORDER if name in logs[0][0]]:
         x = np.array([phases(np.array([row[name] for row in log])) for log in logs])
         low, high = x.min(0), x.max(0)
         width = np.maximum(high - low, (high - low).mean())
-        if high[0] == low[0]:  # KL, for example: before anything is learnt it is 0 in every run
+        if name in ("kl", "kl_k3"):  # before anything is learnt they are 0 in every run
             width[0] = 0
-        margin = 2 * width + abs(x).max() / 100
+        margin = 3 * width + abs(x).max() / 100
         bands[name] = np.stack([low - margin, high + margin], 1).round(6).tolist()
     settings = {name: x for name, x in settings.items() if name not in FREE}
     return dict(settings=settings, runs=len(folders), bands=bands)
