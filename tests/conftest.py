@@ -16,6 +16,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "device: what a GPU has to show; without one, on the CPU")
 
 
+def pytest_collection_modifyitems(items):
+    """Notebooks first: they take longest, and no core should wait for them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture
 def device():
     """The device that a run would take."""

@@ -213,6 +213,8 @@ def main(cfg):
         return serve(Path(__file__).with_suffix(".html"),
                      {"GET /state": lambda: state, "POST /say": chat.answers}, cfg)
     print(f"{HELP}\nCtrl-C           stop an answer; leave, where there is none")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")      # what comes need not be UTF-8
     with suppress(EOFError, KeyboardInterrupt):
         in_terminal(chat)
     print()

@@ -72,7 +72,7 @@ OUT_OF_MEMORY = "MemoryError|out of memory|can't allocate memory|not enough memo
 
 def run(main, cls):
     """Call main with what the command line says. A user's mistake ends in one line and status 2."""
-    for stream in sys.stdin, sys.stdout, sys.stderr:
+    for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that knows only ASCII shows "?"
     status = 2
