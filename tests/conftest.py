@@ -13,12 +13,19 @@ import pytest
 
 
 def pytest_configure(config):
+    config.option.loadscopereorder = False  # side by side: in the order that follows
     config.addinivalue_line("markers", "device: what a GPU has to show; without one, on the CPU")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Notebooks first: they take longest, and no core should wait for them at the end."""
+    """The tests of a file share a process. Notebooks come first, as they take longest, in two
+    groups: one has those that share a model."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    for item in items:
+        path = getattr(item, "callspec", None) and item.callspec.params.get("path")
+        shares = isinstance(path, Path) and "imitator" in path.read_text(encoding="utf-8")
+        item.add_marker(pytest.mark.xdist_group(item.path.name + " with a shared model" * shares))
 
 
 @pytest.fixture
