@@ -547,7 +547,8 @@ def test_a_program_that_is_killed_loses_nothing_and_doubles_nothing(models):
              "left" if r["choice"] == r["position"] else "right" for r in shown]  # fmt: skip
     assert sides == wanted
     assert "every pair has a label" in done.stdout
-    assert f"next: python train_rm.py --data {Path('out/labels.jsonl')} --sft a" in done.stdout
+    labels = Path("out/labels.jsonl")
+    assert f"next: python train_rm.py --data {labels} --sft a --init out/rm" in done.stdout
     assert data.preferences([out])[1] == {"records": 3, "ties": 2, "skips": 1}
 
 

@@ -193,7 +193,8 @@ def main(cfg):
             serve(page, actions(labels), cfg, note="; all choices are kept")
     print(f"\nlabels    {labels.state()['progress']}, in {cfg.out}\nnext: python " + (
         f"-m nanorlhf.evaluate --judge {cfg.out}" if cfg.against else
-        f"train_rm.py --data {cfg.out} --sft {cfg.policy} --out out/my-rm"))
+        f"train_rm.py --data {cfg.out} --sft {cfg.policy} --init out/rm --out out/my-rm\n"
+        "      (--init: a reward model to go on from; without it, a new one)"))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def save(folder, config, tensors):
 
 def load(folder):
     """-> config, tensors, as they were saved. Raises UserError where they cannot be read."""
-    config = read_json(Path(folder) / "config.json", f"{folder} is no checkpoint of train_sft.py")
+    config = read_json(Path(folder) / "config.json", f"{folder} is no checkpoint of a train_*.py")
     return config, load_tensors(Path(folder) / "model.safetensors")
 
 
