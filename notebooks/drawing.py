@@ -131,16 +131,18 @@ def draw_text(ax, x, y, text, size, color=INK, mono=False, **style):
 def dashboards(logs: dict[str, list[dict]], healthy: list[list[dict]], metrics: dict) -> Picture:
     """A row of panels for each log, and healthy runs in grey behind it.
 
-    logs: {title: rows of a log.jsonl}; metrics: {metric: (title, unit)}. The panels of a metric
-    share their y axis.
+    logs: {title: rows of a log.jsonl}; metrics: {metric: (title, unit, others to draw dashed)}. The
+    panels of a metric share their y axis.
     """
     fig = Picture(figsize=(1.85 * len(metrics), 1.45 * len(logs) + 0.4), layout="constrained")
     axes = fig.subplots(len(logs), len(metrics), sharex=True, sharey="col", squeeze=False)
     for row, (title, log) in zip(axes, logs.items()):
-        for ax, (metric, (name, unit)) in zip(row, metrics.items()):
+        for ax, (metric, (name, unit, *dashed)) in zip(row, metrics.items()):
             for other in healthy:
                 ax.plot([line[metric] for line in other], color=GREY, alpha=0.35, linewidth=0.8)
             ax.plot([line[metric] for line in log], color=COLOURS.get(metric, INK), linewidth=1.8)
+            for other in dashed:
+                ax.plot([line[other] for line in log], "--", color=INK, linewidth=1)
             tidy(ax, name if ax in axes[0] else "", unit if ax in axes[0] else "")
             ax.tick_params(labelsize=7)
         row[0].set_ylabel(title, fontsize=11, color=INK, fontweight="bold", rotation=0, ha="right")

@@ -156,7 +156,7 @@ def outside(log, bands):
     phase, at, x, low, high = min(left)
     name, when = ORDER[at], f"rounds {5 * phase - 4} to {5 * phase}" if phase else "the first round"
     others = sorted({ORDER[other] for _, other, *_ in left} - {name})
-    return [f"{name} is {x:.3g} in {when}, and {low:.3g} to {high:.3g} in healthy runs: "
+    return [f"{name} is {x:.3g} in {when}; the band of healthy runs is {low:.3g} to {high:.3g}: "
             + MEANINGS[f"{name} {'below' if x < low else 'above'}"]
             + f" (Also unusual: {', '.join(others)}.)" * bool(others)]
 

@@ -12,7 +12,9 @@ from nanorlhf.support import runlog
 INK, GREY, PALE = "#22272e", "#8a9099", "#e9eaec"
 COLOURS = dict(policy="#2b6cb0", reference="#8a9099", loss="#2b6cb0", policy_loss="#2b6cb0",
                value_loss="#e0701f", score="#159a9c", kl="#7d57b5", entropy="#b5527f",
-               accuracy="#2f9e62", margin="#8a6d3b", sft="#8a9099")
+               accuracy="#2f9e62", margin="#8a6d3b", sft="#8a9099", ppo="#2b6cb0",
+               reinforce="#b5527f", rloo="#159a9c", grpo="#e0701f", best_of_n="#2f9e62",
+               dpo="#7d57b5", ilql="#cf4a4a", ppo_true_reward="#22272e")
 OTHERS = ("#2b6cb0", "#e0701f", "#2f9e62", "#cf4a4a", "#7d57b5", "#159a9c", "#8a6d3b", "#b5527f")
 UNITS = dict(loss="nats / token", kl="nats / response", entropy="nats / token",
              response_len="tokens", accuracy="fraction", clip_frac="fraction")
@@ -83,11 +85,12 @@ def clouds(panels, x="KL to the SFT model, nats a response",
     """panels: list of (title, {label: [[(x, y) of a run, ...] of a setting, ...]}): dots, means"""
     fig = Picture(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for ax, (title, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
-        for other, (label, settings) in zip(cycle(OTHERS), lines.items()):
+        for other, marker, (label, settings) in zip(cycle(OTHERS), cycle("osD^vP"), lines.items()):
             label, colour = label.replace("_", " "), COLOURS.get(label, other)
             means = sorted(tuple(np.mean(runs, 0)) for runs in settings)
             ax.scatter(*zip(*chain(*settings)), s=7, color=colour, alpha=0.3, linewidth=0)
-            ax.plot(*zip(*means), marker=".", color=colour, linewidth=1.6, label=label)
+            ax.plot(*zip(*means), marker=marker, markersize=4, color=colour, linewidth=1.6,
+                    label=label)
         tidy(ax, title, "", legend=True)
         end = ax.get_xlim()[1]  # the root of the KL shows how far a policy has moved
         ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
