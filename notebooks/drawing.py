@@ -20,6 +20,7 @@ def plot_guess(guess: dict[str, float], truth: dict[str, float]) -> Picture:
     rows = -(-len(guess) // columns)
     fig = Picture(figsize=(2.4 * columns, 2.2 * rows), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    shares = all(0 <= x <= 1 for x in [*guess.values(), *truth.values()])
     for number, name in enumerate(guess, 1):
         ax = fig.add_subplot(rows, columns, number)
         heights = guess[name], truth[name]
@@ -27,6 +28,8 @@ def plot_guess(guess: dict[str, float], truth: dict[str, float]) -> Picture:
         ax.bar_label(bars, [f"{x:.3g}" for x in heights], fontsize=9, padding=2, color=INK)
         ax.axhline(0, color=GREY, linewidth=0.8)
         ax.margins(x=0.15, y=0.2)  # room for the labels
+        if shares:
+            ax.set_ylim(0, 1.2)    # so that bars of several panels can be compared
         tidy(ax, textwrap.fill(name.replace("_", " "), 20), "")
         ax.set_xticks((0, 1), ("guess", "truth"), va="baseline")
         ax.tick_params(axis="x", pad=12)
@@ -137,15 +140,18 @@ def dashboards(logs: dict[str, list[dict]], healthy: list[list[dict]], metrics: 
     fig = Picture(figsize=(1.85 * len(metrics), 1.45 * len(logs) + 0.4), layout="constrained")
     axes = fig.subplots(len(logs), len(metrics), sharex=True, sharey="col", squeeze=False)
     for row, (title, log) in zip(axes, logs.items()):
-        for ax, (metric, (name, unit, *dashed)) in zip(row, metrics.items()):
+        for ax, (metric, (name, unit, *_)) in zip(row, metrics.items()):
             for other in healthy:
                 ax.plot([line[metric] for line in other], color=GREY, alpha=0.35, linewidth=0.8)
             ax.plot([line[metric] for line in log], color=COLOURS.get(metric, INK), linewidth=1.8)
-            for other in dashed:
-                ax.plot([line[other] for line in log], "--", color=INK, linewidth=1)
             tidy(ax, name if ax in axes[0] else "", unit if ax in axes[0] else "")
             ax.tick_params(labelsize=7)
         row[0].set_ylabel(title, fontsize=11, color=INK, fontweight="bold", rotation=0, ha="right")
+    for row, log in zip(axes, logs.values()):
+        for ax, (_, _, *dashed) in zip(row, metrics.values()):
+            ax.set_ylim(ax.get_ylim())       # a dashed line may leave the panel
+            for metric in dashed:
+                ax.plot([line[metric] for line in log], "--", color=INK, linewidth=1)
     for ax in axes[-1]:
         ax.set_xlabel("step", fontsize=8, color=GREY)
     return fig

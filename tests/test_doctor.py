@@ -160,7 +160,8 @@ def test_a_number_outside_its_band_is_named_with_its_meaning(bands, name, side, 
     log[name][rounds] = wanted
     [said] = doctor.outside(log, bands["bands"])
     when = "the first round" if phase == 0 else "rounds 11 to 15"
-    assert said.startswith(f"{name} is {wanted:.3g} in {when}, and {low:.3g} to {high:.3g} in")
+    assert said.startswith(f"{name} is {wanted:.3g} in {when}; the band of healthy "
+                           f"runs is {low:.3g} to {high:.3g}: ")
     assert said.endswith(MEANINGS[f"{name} {side}"])
 
 

@@ -66,7 +66,7 @@ def train_reward_model(cfg, labels, likes_length, seed):
     sft, tok = load_policy(cfg.sft, setup(stage))
     groups, _ = reward.compare_samples(sft, tok, prompts, 4, stage, held_out=False)
     model = reward.new_model(stage, sft, tok)
-    reward.train(model, groups, tok.pad, stage, RunLog())
+    reward.train(model, groups, tok.pad, stage, RunLog(every=25, columns=["loss", "accuracy"]))
     prompts = [tok.encode(p) for p in environment.prompts(256, seed)]
     rows = generate_rows(sft, prompts, 80, tok.eos, tok.pad, dtype=cfg.dtype)
     reward.normalise(model, rows, tok.pad, cfg.dtype)
