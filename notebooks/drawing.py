@@ -61,12 +61,14 @@ def strips(pieces_list: list[list[str]], rows_list: list[dict], titles: list[str
     """Responses one below the other: the tokens, and below them a row of cells for each quantity.
 
     For each response pieces (R strings), rows ({name: R numbers}, NaN where there is none) and a
-    title. A quantity has the same colour scale in all responses.
+    title. Rows whose names end in the same word, such as old_logprobs and ref_logprobs, have the
+    same colour scale, in all responses.
     """
-    scales = {}
+    same_scale, scales = {}, {}
     for name, row in [item for rows in rows_list for item in rows.items()]:
-        sizes = [abs(float(x)) for x in row if np.isfinite(float(x))]
-        scales[name] = max([scales.get(name, 0), *sizes])
+        sizes = scales[name] = same_scale.setdefault(name.split("_")[-1], [0])
+        sizes += [abs(float(x)) for x in row if np.isfinite(float(x))]
+    scales = {name: max(sizes) for name, sizes in scales.items()}
     fig = Picture()
     ax = fig.add_axes((0, 0, 1, 1))
     ax.axis("off")
