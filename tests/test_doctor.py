@@ -126,8 +126,10 @@ def test_the_other_rules_look_beside_the_log(tmp_path, bands):
     assert examine(run, bands)[0] == [RULES["not_finite"]]
     (run / "bad_batch.jsonl").unlink()
     (run / "rm").mkdir()
-    for low, sentences in (0.7, []), (0.48, [RULES["reward_model"]]):
-        (run / "rm/summary.json").write_text(json.dumps(dict(accuracy=0.5, accuracy_low=low)))
+    # Of few pairs, as a person labels them, nobody can say whether the model is at chance.
+    for low, pairs, sentences in (0.7, 500, []), (0.48, 500, [RULES["reward_model"]]), (0.3, 6, []):
+        judged = dict(accuracy=0.5, accuracy_low=low, pairs=pairs)
+        (run / "rm/summary.json").write_text(json.dumps(judged))
         assert examine(run, bands)[0] == sentences
     (run / "log.jsonl").write_text("")
     assert examine(run, bands)[0] == [RULES["empty"]]

@@ -103,7 +103,7 @@ def rules(log, settings, folder):
         not_finite=(Path(folder) / "bad_batch.jsonl").exists(),
         impossible=min(entropy.min(), k3.min() + 1e-3, log["approx_kl"].min() + 1e-3) < 0
         or log["explained_variance"].max() > 1.001,
-        reward_model=judge.get("accuracy_low", 1) <= 0.5,
+        reward_model=judge.get("accuracy_low", 1) <= 0.5 and judge["pairs"] >= 50,  # fewer: unknown
         first_kl=first and abs(kl[0]) + k3[0] > 0.01,
         first_ratio=first and gap[0] > 0.3,
         still=n > 1 and gap.max() < 1e-6,
