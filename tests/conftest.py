@@ -19,13 +19,10 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The tests of a file share a process. Notebooks come first, as they take longest, in two
-    groups: one has those that share a model."""
+    """The tests of a file share a process. Notebooks come first: they take longest."""
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     for item in items:
-        path = getattr(item, "callspec", None) and item.callspec.params.get("path")
-        shares = isinstance(path, Path) and "imitator" in path.read_text(encoding="utf-8")
-        item.add_marker(pytest.mark.xdist_group(item.path.name + " with a shared model" * shares))
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture

@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 DRAWS = {"draw", "strips", "token_strip", "plot_guess", "small_multiples"}
 
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# Side by side in two processes; those that share a model stay together, so that one trains it.
+SHARES = pytest.mark.xdist_group("shared model")
+each_notebook = pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[SHARES] * ("imitator" in path.read_text("utf-8")))
+    for path in NOTEBOOKS])
 
 
 def cells(path, kind):

@@ -148,6 +148,18 @@ def test_each_quantity_has_its_own_scale_shared_by_all_responses():
     assert drawn[0, 0] == "#2b6cb0" != drawn[2, 0]  # 2 is half of the largest kl
 
 
+def test_rows_of_the_same_kind_share_a_scale():
+    drawn = cells(token_strip(["a"], dict(old_logprobs=[-4.0], ref_logprobs=[-2.0])))
+    assert drawn[0, 0] == "#c8453b" != drawn[1, 0]  # -2 is half of the largest log-prob
+
+
+def test_a_dashed_line_is_drawn_and_may_leave_the_panel():
+    log = [dict(kl=x, kl_k3=100 * x) for x in (0.0, 1.0)]
+    [ax] = drawing.dashboards({"a": log}, [], dict(kl=("KL", "nats", "kl_k3"))).axes
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--"]
+    assert ax.lines[1].get_ydata()[1] == 100 and ax.get_ylim()[1] < 2
+
+
 @pytest.mark.parametrize("length", [0, 1, 17, 128])
 def test_a_strip_of_any_length_stays_inside_the_picture(length):
     pieces = [" word" if i % 3 else "x" * (5 * i) for i in range(length)]
